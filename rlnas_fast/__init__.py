@@ -1,0 +1,21 @@
+"""Searches for the neural network that is best on your own hardware."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .compose import load_child, run
+
+__all__ = ["__version__", "load_child", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the composed parts, and with them torch, only when they are used."""
+    if name in ("run", "load_child"):
+        from . import compose
+
+        return getattr(compose, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

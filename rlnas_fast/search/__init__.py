@@ -1,0 +1,47 @@
+"""The nouns of a search, rewards, the Pareto front, and the one loop.  Never imports torch."""
+
+from .loop import SearchResult, run_search
+from .pareto import hypervolume, pareto_front
+from .protocols import (
+    CostModel,
+    Evaluator,
+    Executor,
+    MeasurementCache,
+    Meter,
+    Request,
+    Reward,
+    SearchContext,
+    Strategy,
+    TrialLog,
+)
+from .space import Architecture, Decision, SearchSpace, TaskSpec, sample_uniform, validate
+from .trial import Budget, Cost, Measurement, Trial, child_seed, measurement_key
+
+__all__ = [
+    "Architecture",
+    "Budget",
+    "Cost",
+    "CostModel",
+    "Decision",
+    "Evaluator",
+    "Executor",
+    "Measurement",
+    "MeasurementCache",
+    "Meter",
+    "Request",
+    "Reward",
+    "SearchContext",
+    "SearchResult",
+    "SearchSpace",
+    "Strategy",
+    "TaskSpec",
+    "Trial",
+    "TrialLog",
+    "child_seed",
+    "hypervolume",
+    "measurement_key",
+    "pareto_front",
+    "run_search",
+    "sample_uniform",
+    "validate",
+]
