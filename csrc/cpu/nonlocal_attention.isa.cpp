@@ -1,0 +1,2 @@
+// Non-local attention, compiled once an instruction set.
+namespace rlnas::RLNAS_ISA {}

@@ -1,0 +1,1 @@
+"""Kernels behind functions: schema, checks, fake, autograd, backends."""

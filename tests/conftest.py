@@ -1,0 +1,43 @@
+"""What every test relies on: seeds, threads, and where GPU tests run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips GPU tests only where there is no GPU; a failed build or import is a failure."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (libraries under test may draw from the global generator)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once for each instruction set that this CPU has."""
+    from rlnas_fast.ops.native import cpu
+
+    if request.param not in cpu().usable_isas():
+        pytest.skip(f"this CPU has no {request.param}")
+    cpu().set_isa(request.param)
+    yield request.param
+    cpu().set_isa("auto")
