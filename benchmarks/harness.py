@@ -1,7 +1,7 @@
 """What every benchmark shares: interleaved timing, and ``--check`` tables of wanted against measured.
 
-A benchmark defines ``measure(quick) -> list[Row]`` and ends with ``main(__doc__, measure)``.  Each row is the median
-over several fresh processes, because one process can be lucky with its memory layout.
+A benchmark defines ``measure(quick) -> list[Row]`` and ends with ``main(__doc__, measure)``.  Each row is
+the median over several fresh processes, because one process can be lucky with its memory layout.
 """
 
 from __future__ import annotations
