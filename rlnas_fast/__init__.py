@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .compose import load_child, run
+    from .runs import load_child, resume_run, run
 
-__all__ = ["__version__", "load_child", "run"]
+__all__ = ["__version__", "load_child", "resume_run", "run"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports the composed parts, and with them torch, only when they are used."""
-    if name in ("run", "load_child"):
-        from . import compose
+    if name in ("run", "resume_run", "load_child"):
+        from . import runs
 
-        return getattr(compose, name)
+        return getattr(runs, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

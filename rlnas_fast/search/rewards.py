@@ -209,7 +209,7 @@ def limited(reward: Reward, limits: Mapping[str, float], *, weight: float = 1.0)
 
 
 def summed(parts: Sequence[tuple[float, Reward]]) -> Reward:
-    """weight x reward, added up: to compose a reward of one's own from these and others."""
+    """Adds up weight x reward: to compose a reward of one's own from these and others."""
     if not parts:
         raise ConfigError("a sum of rewards needs at least one part, got none")
 

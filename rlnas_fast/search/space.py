@@ -99,5 +99,5 @@ def sample_uniform(space: SearchSpace, rng: np.random.Generator, prefix: Sequenc
     choices = tuple(prefix)
     while not space.is_complete(choices):
         valid = np.flatnonzero(space.mask(choices))
-        choices += (int(rng.choice(valid)),)
+        choices += (int(valid[rng.integers(len(valid))]),)
     return Architecture(space.name, choices)

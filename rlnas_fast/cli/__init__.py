@@ -1,0 +1,5 @@
+"""The command ``rlnas``."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,208 @@
+"""Commands, and what a user sees when one fails: one line on stderr and an exit code, no traceback.
+
+Exit codes: 0 done, 2 bad input or a machine that cannot do it, 130 interrupted (the run resumes).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from .. import __version__
+from ..errors import ConfigError, RlnasError
+
+app = typer.Typer(
+    name="rlnas",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Searches for the neural network that is best on your own hardware.",
+)
+
+RunFolder = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, e.g. strategy.learning_rate=0.01."),
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except RlnasError as error:
+        return _fail(str(error))
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return _fail("interrupted; go on with: rlnas resume RUN", code=130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}: free some space, or choose a writable --out")
+
+
+@app.command()
+def search(
+    space: Annotated[str | None, typer.Option(help="What to search; see `rlnas spaces`.")] = None,
+    task: Annotated[str | None, typer.Option(help="What to learn; see `rlnas tasks`.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="Who proposes; see `rlnas strategies`.")] = None,
+    reward: Annotated[str | None, typer.Option(help="What counts; see `rlnas rewards`.")] = None,
+    evaluator: Annotated[str | None, typer.Option(help="Who measures; see `rlnas evaluators`.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The file of a task or table that reads one.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Only these classes, e.g. 0,1,2.")] = None,
+    trials: Annotated[int | None, typer.Option(help="How many child networks.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="How many are asked for at a time.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Training of a child.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, ... or auto.")] = None,
+    target_latency_ms: Annotated[float | None, typer.Option(help="Latency the reward aims at.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="Hard limit.")] = None,
+    max_params: Annotated[float | None, typer.Option(help="Hard limit.")] = None,
+    max_flops: Annotated[float | None, typer.Option(help="Hard limit, of one sample's forward pass.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Start no child after this long.")] = None,
+    durability: Annotated[
+        str | None, typer.Option(help="Survive a `crash`, or power loss too: `full`.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Measurements to share among runs.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; flags and --set override it.")] = None,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder (default: a new one in runs/).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search; a later source wins: defaults, --config, flags, --set."""
+    given: dict[str, Any] = {
+        "space": space, "task": task, "strategy": strategy, "reward": reward, "evaluator": evaluator,
+        "trials": trials, "batch_size": batch_size, "epochs": epochs, "seed": seed, "device": device,
+        "target_latency_ms": target_latency_ms, "max_latency_ms": max_latency_ms, "max_params": max_params,
+        "max_flops": max_flops, "max_seconds": max_seconds, "durability": durability,
+        "cache": str(cache) if cache else None,
+        "task.classes": _integers("--classes", classes),
+    }  # fmt: skip
+    if data is not None:
+        given["evaluator.path" if evaluator == "tabular" else "task.path"] = str(data)
+    given = {name: value for name, value in given.items() if value is not None}
+    given.update(_settings(settings))
+    from ..compose import read_config
+    from ..runs import start
+    from .screen import Screen
+
+    with Screen(quiet=as_json) as screen:
+        result = start(read_config(given, config), out=out, progress=screen)
+    _report(result, as_json)
+
+
+@app.command()
+def resume(
+    folder: RunFolder,
+    trials: Annotated[int | None, typer.Option(help="More trials than the run was started with.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Start no child after this long.")] = None,
+    continue_from_log: Annotated[
+        bool,
+        typer.Option(help="Do not require that the strategy repeats itself; only tell it the old trials."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on where a run was stopped."""
+    from ..runs import resume as go_on
+    from .screen import Screen
+
+    settings = {name: value for name, value in (("trials", trials), ("max_seconds", max_seconds)) if value}
+    with Screen(quiet=as_json) as screen:
+        result = go_on(folder, settings=settings, continue_from_log=continue_from_log, progress=screen)
+    _report(result, as_json)
+    if continue_from_log:
+        _stderr().print("continued from the log: the old trials were told, not repeated", highlight=False)
+
+
+@app.command()
+def show(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Show what a run has found so far."""
+    from .show import show_run
+
+    show_run(folder, as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is usable on this machine, and why not."""
+    from .doctor import diagnose, print_diagnosis
+
+    findings = diagnose()
+    print_diagnosis(findings, as_json)
+    if not all(finding.usable for finding in findings if finding.required):
+        raise typer.Exit(2)
+
+
+def _listing(kind: str) -> None:
+    @app.command(
+        name=f"{'strategie' if kind == 'strategy' else kind}s", help=f"List every {kind} and its options."
+    )
+    def _list(as_json: AsJson = False) -> None:
+        from .listing import list_components
+
+        list_components(kind, as_json)
+
+
+for _kind in ("space", "strategy", "task", "reward", "evaluator"):
+    _listing(_kind)
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _report(result: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result.summary | {"folder": str(result.folder)}, indent=2))
+    else:
+        from .show import print_result
+
+        print_result(result)
+
+
+def _settings(pairs: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value is read as TOML, and as plain text where it is not TOML."""
+    settings: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {pair}: write KEY=VALUE, e.g. strategy.learning_rate=0.01")
+        try:
+            settings[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            settings[name] = text
+    return settings
+
+
+def _integers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: write whole numbers with commas, e.g. 0,1,2") from None
+
+
+def _fail(message: str, code: int = 2) -> int:
+    _stderr().print(f"rlnas: {' '.join(message.split())}", highlight=False, markup=False, soft_wrap=True)
+    return code
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)

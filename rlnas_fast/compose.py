@@ -1,0 +1,363 @@
+"""From a validated configuration to the parts of a running search; the only list of what exists.
+
+A component is named by its line in ``COMPONENTS`` or as ``module:attribute`` (the user's own), and its
+options are checked against the signature of what the name stands for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from . import search
+from .errors import ConfigError, unknown_name
+from .search import rewards
+
+COMPONENTS: dict[str, dict[str, str]] = {
+    "space": {
+        "chain-cnn": "rlnas_fast.spaces.chain_cnn:ChainCNN",
+    },
+    "task": {
+        "digits": "rlnas_fast.tasks.digits:digits",
+        "npz": "rlnas_fast.tasks.npz:npz",
+    },
+    "strategy": {
+        "random": "rlnas_fast.strategies.random:RandomSearch",
+        "reinforce": "rlnas_fast.strategies.reinforce:Reinforce",
+    },
+    "reward": {
+        "accuracy": "rlnas_fast.search.rewards:accuracy",
+        "soft": "rlnas_fast.search.rewards:soft",
+        "hard": "rlnas_fast.search.rewards:hard",
+        "absolute": "rlnas_fast.search.rewards:absolute",
+        "size-penalty": "rlnas_fast.search.rewards:size_penalty",
+        "weighted-sum": "rlnas_fast.search.rewards:weighted_sum",
+        "constrained": "rlnas_fast.search.rewards:constrained",
+    },
+    "evaluator": {
+        "train-child": "rlnas_fast.evaluators.train_child:TrainChild",
+    },
+}
+
+LIMITS = {
+    "max_latency_ms": ("latency_s", 1e-3),
+    "max_params": ("parameters", 1.0),
+    "max_flops": ("flops", 1.0),
+}
+
+PROTOCOLS: dict[str, type] = {
+    "space": search.SearchSpace,
+    "strategy": search.Strategy,
+    "reward": search.Reward,
+    "evaluator": search.Evaluator,
+}
+
+
+class Component(BaseModel):
+    """A name and the options that go with it; in TOML a string, or a table with ``name``."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    options: dict[str, Any] = {}
+
+
+def _component(value: Any) -> Any:
+    if isinstance(value, str):
+        return Component(name=value)
+    if isinstance(value, Mapping):
+        options = dict(value)
+        name = options.pop("name", None)
+        return {"name": name, "options": options.pop("options", {}) | options}
+    return value
+
+
+Named = Annotated[Component, BeforeValidator(_component)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class SearchConfig(BaseModel):
+    """Everything a search depends on.  Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    space: Named = Component(name="chain-cnn")
+    task: Named = Component(name="digits")
+    strategy: Named = Component(name="reinforce")
+    reward: Named = Component(name="soft")
+    evaluator: Named = Component(name="train-child")
+    recipe: dict[str, Any] = {}
+    trials: Annotated[int, Field(ge=1)] = 24
+    batch_size: Annotated[int, Field(ge=1)] = 6
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    epochs: Annotated[int, Field(ge=1)] = 12
+    child_seconds: Positive | None = None
+    device: str = "auto"
+    threads: Annotated[int, Field(ge=1)] | None = None
+    target_latency_ms: Positive | None = None
+    max_latency_ms: Positive | None = None
+    max_params: Positive | None = None
+    max_flops: Positive | None = None
+    max_seconds: Positive | None = None
+    confirm: Annotated[int, Field(ge=1)] = 3
+    confirm_seeds: Annotated[int, Field(ge=1)] = 2
+    confirm_epochs: Annotated[int, Field(ge=1)] | None = None
+    durability: Literal["crash", "full"] = "crash"
+    cache: Path | None = None
+
+    @model_validator(mode="after")
+    def _sensible(self) -> SearchConfig:
+        if self.target_latency_ms and self.max_latency_ms and self.target_latency_ms > self.max_latency_ms:
+            raise ValueError(
+                f"target_latency_ms = {self.target_latency_ms} is above max_latency_ms = {self.max_latency_ms}: "
+                "give a target at or below the limit"
+            )
+        return self
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The hard limits by the name of the number they bound, in that number's unit."""
+        given = {name: getattr(self, option) for option, (name, _) in LIMITS.items()}
+        return {name: given[name] * unit for name, unit in LIMITS.values() if given[name] is not None}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A search ready to run."""
+
+    config: SearchConfig
+    space: search.SearchSpace
+    task: Any
+    strategy: search.Strategy
+    reward: search.Reward
+    evaluator: search.Evaluator
+    executor: search.Executor
+
+
+def read_config(settings: Mapping[str, Any], file: Path | None = None) -> SearchConfig:
+    """Validates ``settings`` laid over the TOML ``file``; nested names are joined by dots.
+
+    Raises:
+        ConfigError: one line that names the first setting that is wrong.
+    """
+    merged: dict[str, Any] = {}
+    if file is not None:
+        try:
+            merged = tomllib.loads(file.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration {file}: {error}") from error
+    for path, value in settings.items():
+        _assign(merged, path, value)
+    try:
+        return SearchConfig.model_validate(merged)
+    except ValidationError as error:
+        raise _first_problem(error) from error
+
+
+def build(config: SearchConfig, objects: Mapping[str, Any] | None = None) -> Parts:
+    """Composes a search.  ``objects`` (by kind) take the place of what the configuration names."""
+    given = dict(objects or {})
+    task = given.get("task") or make("task", config.task)
+    space = _part("space", given, config.space, task.spec)
+    strategy = _part("strategy", given, config.strategy, space, seed=config.seed)
+    reward = _reward(config, given)
+    device = resolve_device(config.device)
+    if "evaluator" in given or config.evaluator.name != "train-child":
+        evaluator = _part("evaluator", given, config.evaluator, space, task)
+    else:
+        evaluator = _train_child(config, space, task, device)
+    _check_needs(reward, evaluator)
+    from .executors.serial import Serial
+
+    return Parts(config, space, task, strategy, reward, evaluator, Serial())
+
+
+def make(kind: str, component: Component, *arguments: Any, **fixed: Any) -> Any:
+    """Makes what ``component`` names, or returns it if it names an object that is made already."""
+    factory = find(kind, component.name)
+    if not callable(factory) or _is_made(kind, factory):
+        if component.options:
+            raise ConfigError(
+                f"{kind} {component.name!r} is an object and takes no options: {component.options}"
+            )
+        return factory
+    options = check_options(
+        f"{kind} {component.name!r}", factory, component.options, skip=len(arguments), fixed=fixed
+    )
+    return factory(*arguments, **fixed, **options)
+
+
+def find(kind: str, name: str) -> Any:
+    """What ``name`` stands for: a line of ``COMPONENTS``, or ``module:attribute`` of the user's."""
+    known = COMPONENTS[kind]
+    if name not in known and ":" not in name:
+        raise unknown_name(kind, name, known)
+    module_name, _, attribute = known.get(name, name).partition(":")
+    if name not in known and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{kind} {name!r} cannot be imported: {error}") from error
+
+
+def options_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword-only options a factory takes."""
+    parameters = inspect.signature(factory).parameters.values()
+    return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def check_options(
+    owner: str,
+    factory: Callable[..., Any],
+    options: Mapping[str, Any],
+    *,
+    skip: int = 0,
+    fixed: Mapping[str, Any] = {},
+) -> dict[str, Any]:
+    """``options`` with the types that the factory's signature asks for, or a ConfigError."""
+    parameters = list(inspect.signature(factory).parameters.values())[skip:]
+    known = {p.name: p for p in parameters if p.name not in fixed}
+    hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    checked = {}
+    for name, value in options.items():
+        if name not in known:
+            raise (
+                unknown_name(f"option of {owner}:", name, known)
+                if known
+                else ConfigError(f"{owner} takes no options, got {name!r}")
+            )
+        try:
+            checked[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(f"{owner}: {name} = {value!r}: {error.errors()[0]['msg']}") from error
+    missing = [p.name for p in known.values() if p.default is p.empty and p.name not in checked]
+    if missing:
+        raise ConfigError(
+            f"{owner} needs the option {missing[0]!r}: give it with --set {owner.split()[0]}.{missing[0]}=..."
+        )
+    return checked
+
+
+def resolve_device(name: str) -> str:
+    """ "auto" as the device it stands for; any other name if that device is there."""
+    import torch
+
+    if name == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not a device: use cpu, cuda:0 or auto") from error
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= count:
+        raise ConfigError(
+            f"device {name!r} is not here: {count if device.type == 'cuda' else 'no such'} CUDA devices; use cpu"
+        )
+    return f"cuda:{device.index or 0}" if device.type == "cuda" else "cpu"
+
+
+def _part(kind: str, given: Mapping[str, Any], component: Component, *arguments: Any, **fixed: Any) -> Any:
+    part = given[kind] if kind in given else make(kind, component, *arguments, **fixed)
+    if inspect.isclass(part) or (kind in given and not _is_made(kind, part) and callable(part)):
+        part = part(*arguments, **fixed)
+    absent = [name for name in _members(PROTOCOLS[kind]) if not hasattr(part, name)]
+    if absent:
+        raise ConfigError(
+            f"{kind} {type(part).__name__} lacks {', '.join(absent)}: see rlnas_fast.search for the interface"
+        )
+    return part
+
+
+def _is_made(kind: str, value: Any) -> bool:
+    return kind in PROTOCOLS and not inspect.isclass(value) and isinstance(value, PROTOCOLS[kind])
+
+
+def _members(protocol: type) -> list[str]:
+    return sorted(name for name in vars(protocol) if not name.startswith("_"))
+
+
+def _reward(config: SearchConfig, given: Mapping[str, Any]) -> search.Reward:
+    component = config.reward
+    if config.target_latency_ms is not None:
+        if "reward" in given or "target" not in options_of(find("reward", component.name)):
+            raise ConfigError(
+                f"reward {component.name!r} takes no target: use soft, hard or absolute with --target-latency-ms"
+            )
+        component = _with_options(component, target=config.target_latency_ms / 1e3)
+    reward: search.Reward = _part("reward", given, component)
+    return rewards.limited(reward, config.limits) if config.limits else reward
+
+
+def _with_options(component: Component, **options: Any) -> Component:
+    return component.model_copy(update={"options": component.options | options})
+
+
+def _train_child(config: SearchConfig, space: Any, task: Any, device: str) -> search.Evaluator:
+    from .evaluators.train_child import TrainChild
+    from .hardware import meter_for
+    from .training.recipe import Recipe
+
+    if not hasattr(space, "build"):
+        raise ConfigError(f"space {space.name!r} cannot be trained: it has no build(architecture, task_spec)")
+    recipe = Recipe(**check_options("recipe", Recipe, config.recipe))
+    options = check_options(
+        "evaluator 'train-child'",
+        TrainChild,
+        config.evaluator.options,
+        skip=3,
+        fixed={"device": device, "meter": None, "threads": config.threads},
+    )
+    trainer: search.Evaluator = TrainChild(
+        space, task, recipe, device=device, meter=meter_for(device), threads=config.threads, **options
+    )
+    return trainer
+
+
+def _check_needs(reward: search.Reward, evaluator: search.Evaluator) -> None:
+    """Refuses to start where the evaluator says what it measures and something needed is not in it."""
+    if not hasattr(evaluator, "provides"):
+        return
+    provided = sorted(evaluator.provides())
+    absent = [name for name in reward.needs if name not in provided]
+    if absent:
+        raise ConfigError(
+            f"the reward needs {absent[0]!r}, which cannot be measured here; choose another reward or cost "
+            f"(this evaluator measures {', '.join(provided)})"
+        )
+
+
+def _assign(settings: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        inner = settings.get(parent, {})
+        settings[parent] = {"name": inner} if isinstance(inner, str) else dict(inner)
+        settings = settings[parent]
+    if isinstance(settings.get(last), Mapping) and isinstance(value, str):
+        settings[last] = dict(settings[last]) | {"name": value}
+    else:
+        settings[last] = value
+
+
+def _first_problem(error: ValidationError) -> ConfigError:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return unknown_name("setting", where, SearchConfig.model_fields)
+    message = problem["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{where} = {problem['input']!r}: {message}" if where else message)

@@ -1,0 +1,381 @@
+"""A run: its folder, how it starts, goes on after a crash, names its winner, and is read again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import tomli_w
+
+from . import search
+from .compose import Component, Parts, SearchConfig, build, make, read_config
+from .errors import ReplayMismatch, RunError
+from .report.front import front_of, save_front_picture
+from .search import Budget, Measurement, Request, Trial
+from .search.rewards import within
+from .storage.measurement_cache import SqliteCache
+from .storage.sqlite_log import SqliteLog
+
+PACKAGES = ("rlnas-fast", "torch", "numpy")
+
+
+class Progress(Protocol):
+    """Hears how a run goes on; what the command line draws."""
+
+    def started(self, folder: Path, done: Sequence[Trial], total: int) -> None: ...
+
+    def measured(self, position: int, measurement: Measurement, seconds: float) -> None: ...
+
+    def told(self, trials: Sequence[Trial]) -> None: ...
+
+    def confirmed(self, done: int, total: int) -> None: ...
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def started(self, folder: Path, done: Sequence[Trial], total: int) -> None: ...
+
+    def measured(self, position: int, measurement: Measurement, seconds: float) -> None: ...
+
+    def told(self, trials: Sequence[Trial]) -> None: ...
+
+    def confirmed(self, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run found.
+
+    Attributes:
+        folder: where everything is.
+        trials: every trial, in order.
+        pareto: the trials no other one beats in accuracy, latency and parameters.
+        best: the chosen trial: of the best few, trained again with other seeds, the one with the
+            highest mean reward; None when every child failed or none kept the limits.
+        test_accuracy: of the chosen, trained network on the test split, which is read once; None where
+            the evaluator does not train.
+        summary: all of it as plain data, as in ``summary.json``.
+    """
+
+    folder: Path
+    trials: tuple[Trial, ...]
+    pareto: tuple[Trial, ...]
+    best: Trial | None
+    test_accuracy: float | None
+    summary: dict[str, Any]
+
+
+def run(*, out: str | Path | None = None, config: str | Path | None = None, **settings: Any) -> RunResult:
+    """Runs a search to its end and returns what it found.
+
+    Args:
+        out: the new run folder; by default one below ``runs/``.
+        config: a TOML file that ``settings`` are laid over.
+        settings: any setting of ``SearchConfig``.  ``space``, ``task``, ``strategy``, ``reward`` and
+            ``evaluator`` may be names, tables {"name": ..., option: ...}, or objects of your own;
+            a function or class is called as ours are: ``space(task.spec)``, ``strategy(space, seed=...)``,
+            ``evaluator(space, task)``.
+    """
+    names, objects = _split(settings)
+    return start(read_config(names, Path(config) if config else None), out=out, objects=objects)
+
+
+def resume_run(folder: str | Path, *, continue_from_log: bool = False, **objects: Any) -> RunResult:
+    """Goes on with the run in ``folder``; ``objects`` are those that ``run`` was given."""
+    return resume(Path(folder), objects=objects, continue_from_log=continue_from_log)
+
+
+def start(
+    config: SearchConfig,
+    *,
+    out: str | Path | None = None,
+    objects: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Starts a new run in ``out``, which must not hold anything yet."""
+    parts = build(config, objects)
+    folder = _new_folder(Path(out) if out else None, config)
+    _write(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    return _go_on(parts, folder, progress or Silent(), replay=True)
+
+
+def resume(
+    folder: Path,
+    *,
+    objects: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    continue_from_log: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Goes on where the log of ``folder`` ends; ``settings`` (more trials, say) replace saved ones."""
+    config = saved_config(folder, settings)
+    parts = build(config, objects)
+    if settings:
+        _write(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    return _go_on(parts, folder, progress or Silent(), replay=not continue_from_log)
+
+
+def saved_config(folder: Path, settings: Mapping[str, Any] | None = None) -> SearchConfig:
+    """The effective configuration a run was started with."""
+    file = folder / "config.toml"
+    if not file.is_file():
+        raise RunError(f"{folder} is not a run folder: it has no config.toml")
+    return read_config(settings or {}, file)
+
+
+def load_child(folder: str | Path, *, space: Any = None) -> Any:
+    """The trained network of a finished run, in eval mode, on the CPU.
+
+    Args:
+        space: the object that was given to ``run`` in place of a named space.
+    """
+    folder = Path(folder)
+    best = _read_best(folder)
+    spec = search.TaskSpec(
+        tuple(best["task_spec"]["input_shape"]), best["task_spec"]["outputs"], best["task_spec"]["kind"]
+    )
+    if space is None:
+        space = make("space", saved_config(folder).space, spec)
+    elif not hasattr(space, "build") or isinstance(space, type):
+        space = space(spec)
+    weights = folder / "best.safetensors"
+    if not weights.is_file():
+        raise RunError(
+            f"{folder} has no best.safetensors: its evaluator {best['evaluator']!r} does not train networks"
+        )
+    from safetensors.torch import load_file
+
+    module = space.build(search.Architecture(best["space"], tuple(best["choices"])), spec)
+    module.load_state_dict(load_file(weights))
+    return module.eval()
+
+
+def versions() -> dict[str, str]:
+    """What a replay may depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def _go_on(parts: Parts, folder: Path, progress: Progress, *, replay: bool) -> RunResult:
+    config = parts.config
+    with SqliteLog(folder / "trials.sqlite", durability=config.durability) as log:
+        started_with = json.loads(log.meta.get("versions", "{}")) or versions()
+        log.meta["versions"] = json.dumps(started_with)
+        done = log.read()
+        progress.started(folder, done, config.trials)
+        with SqliteCache(config.cache or folder / "measurements.sqlite") as cache:
+            try:
+                result = search.run_search(
+                    space=parts.space,
+                    strategy=parts.strategy,
+                    evaluator=parts.evaluator,
+                    reward=parts.reward,
+                    executor=parts.executor,
+                    log=log,
+                    cache=cache,
+                    trials=config.trials,
+                    batch_size=config.batch_size,
+                    budget=Budget(config.epochs, config.child_seconds),
+                    seed=config.seed,
+                    max_seconds=config.max_seconds,
+                    replay=replay,
+                    on_measured=progress.measured,
+                    on_trials=progress.told,
+                )
+            except ReplayMismatch as error:
+                raise ReplayMismatch(f"{error}{_changed(started_with)}") from error
+    return _finish(parts, folder, result, progress)
+
+
+def _finish(parts: Parts, folder: Path, result: search.SearchResult, progress: Progress) -> RunResult:
+    """Confirms the best few, reads the test split once for the winner, and writes the report."""
+    chosen, module, confirmations = _confirm(parts, result.trials, progress)
+    test_accuracy = None
+    for name in ("best.json", "best.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    if chosen is not None and module is not None:
+        test_accuracy = parts.evaluator.test_accuracy(module)  # type: ignore[attr-defined]
+        _save_weights(module, folder / "best.safetensors")
+    summary = _summary(parts, result, chosen, confirmations, test_accuracy)
+    if chosen is not None:
+        _write(folder / "best.json", json.dumps(_best(parts, chosen, confirmations, test_accuracy), indent=2))
+    save_front_picture(result.trials, folder / "pareto.png", chosen.number if chosen else None)
+    _write(folder / "summary.json", json.dumps(summary, indent=2))
+    return RunResult(folder, result.trials, front_of(result.trials), chosen, test_accuracy, summary)
+
+
+def _confirm(
+    parts: Parts, trials: Sequence[Trial], progress: Progress
+) -> tuple[Trial | None, Any, dict[int, list[Measurement]]]:
+    """Trains the best few again with other seeds at the full budget; (winner, its network, all figures)."""
+    config = parts.config
+    allowed = [t for t in trials if t.state == "complete" and within(t.measurement, config.limits)]
+    first_of = {
+        trial.key: trial for trial in sorted(allowed, key=lambda trial: (trial.reward, -trial.number))
+    }
+    finalists = sorted(first_of.values(), key=lambda trial: (-trial.reward, trial.number))[: config.confirm]
+    if not finalists or not hasattr(parts.evaluator, "train"):
+        return (finalists[0] if finalists else None), None, {}
+    budget = Budget(config.confirm_epochs or config.epochs, None)
+    total = len(finalists) * config.confirm_seeds
+    confirmations: dict[int, list[Measurement]] = {}
+    best: tuple[float, Trial, Any] | None = None
+    for trial in finalists:
+        measured, networks = [], []
+        for again in range(config.confirm_seeds):
+            seed = search.child_seed(config.seed, f"confirm {again}: {trial.key}")
+            module, measurement = parts.evaluator.train(Request(trial.architecture, budget, seed))
+            measured.append(measurement)
+            networks.append((measurement.accuracy or 0.0, again, module))
+            progress.confirmed(len(confirmations) * config.confirm_seeds + again + 1, total)
+        confirmations[trial.number] = measured
+        mean = _mean_reward(parts, measured, trials)
+        if best is None or mean > best[0]:
+            best = (mean, trial, max(networks, key=lambda entry: entry[:2])[2])
+    assert best is not None
+    return best[1], best[2], confirmations
+
+
+def _mean_reward(parts: Parts, measured: Sequence[Measurement], trials: Sequence[Trial]) -> float:
+    good = [m for m in measured if m.failure is None]
+    values = parts.reward(good, trials) + [parts.reward.floor] * (len(measured) - len(good))
+    return sum(values) / len(values)
+
+
+def _best(
+    parts: Parts,
+    chosen: Trial,
+    confirmations: Mapping[int, Sequence[Measurement]],
+    test_accuracy: float | None,
+) -> dict[str, Any]:
+    return {
+        "space": parts.space.name,
+        "choices": list(chosen.architecture.choices),
+        "key": chosen.key,
+        "network": parts.space.describe(chosen.architecture),
+        "task_spec": asdict(parts.task.spec),
+        "evaluator": parts.config.evaluator.name,
+        "trial": chosen.number,
+        "reward": chosen.reward,
+        "measurement": asdict(chosen.measurement),
+        "confirmations": [asdict(m) for m in confirmations.get(chosen.number, [])],
+        "test_accuracy": test_accuracy,
+    }
+
+
+def _summary(
+    parts: Parts,
+    result: search.SearchResult,
+    chosen: Trial | None,
+    confirmations: Mapping[int, Sequence[Measurement]],
+    test_accuracy: float | None,
+) -> dict[str, Any]:
+    def row(trial: Trial) -> dict[str, Any]:
+        m = trial.measurement
+        return {
+            "trial": trial.number,
+            "network": parts.space.describe(trial.architecture),
+            "accuracy": m.accuracy,
+            "latency_s": m.cost.latency_s,
+            "parameters": m.parameters,
+            "reward": trial.reward,
+            "caveats": list(m.cost.caveats),
+        }
+
+    trials = result.trials
+    return {
+        "stopped": result.stopped,
+        "trials": len(trials),
+        "failed": sum(trial.state == "failed" for trial in trials),
+        "from_cache": sum(trial.cached for trial in trials),
+        "evaluation_seconds": sum(trial.seconds for trial in trials),
+        "limits": parts.config.limits,
+        "nearest_to_limits": _nearest(trials, parts.config.limits) if chosen is None else {},
+        "pareto": [row(trial) for trial in front_of(trials)],
+        "chosen": row(chosen) if chosen else None,
+        "confirmed_accuracy": {
+            str(number): [m.accuracy for m in measured] for number, measured in confirmations.items()
+        },
+        "test_accuracy": test_accuracy,
+        "evaluator": dict(parts.evaluator.identity()),
+        "versions": versions(),
+    }
+
+
+def _nearest(trials: Sequence[Trial], limits: Mapping[str, float]) -> dict[str, float]:
+    """For each limit, the least value that any trial reached."""
+    seen = {name: [v for t in trials if (v := t.measurement.value(name)) is not None] for name in limits}
+    return {name: min(values) for name, values in seen.items() if values}
+
+
+def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings that a file can hold, and objects; an object leaves its type's name in the record."""
+    names, objects = dict(settings), {}
+    for kind in ("space", "task", "strategy", "reward", "evaluator"):
+        value = names.get(kind)
+        if value is not None and not isinstance(value, (str, Mapping, Component)):
+            objects[kind] = value
+            names[kind] = f"object {getattr(value, '__qualname__', type(value).__qualname__)}"
+    return names, objects
+
+
+def _new_folder(out: Path | None, config: SearchConfig) -> Path:
+    stem = "-".join(
+        [time.strftime("%Y%m%d-%H%M%S"), config.space.name, config.task.name, config.strategy.name]
+    )
+    folder = out or Path("runs") / re.sub(r"[^\w.-]+", "_", f"{stem}-{config.seed}")
+    if (folder / "trials.sqlite").exists():
+        raise RunError(
+            f"{folder} holds a run already: go on with `rlnas resume {folder}` or choose another --out"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} is there and is not empty: choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from error
+    return folder
+
+
+def _read_best(folder: Path) -> dict[str, Any]:
+    try:
+        best: dict[str, Any] = json.loads((folder / "best.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{folder} has no winner to load ({error}); finish it with `rlnas resume {folder}`"
+        ) from error
+    return best
+
+
+def _save_weights(module: Any, file: Path) -> None:
+    from safetensors.torch import save_file
+
+    partial = file.with_name(file.name + ".partial")
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, partial
+    )
+    partial.replace(file)
+
+
+def _write(file: Path, text: str) -> None:
+    """All of it or none of it."""
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def _changed(before: Mapping[str, str]) -> str:
+    now = versions()
+    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    return f" (changed since: {', '.join(changed)})" if changed else ""
