@@ -1,0 +1,76 @@
+# make search | test | check | bench ...   With PYTHON=python3 an interpreter that has everything is used as it is.
+SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+
+ifdef PYTHON
+PY := $(PYTHON)
+BASE := build/in-place.stamp
+TEST := $(BASE)
+DEV := $(BASE)
+else
+VENV := .venv
+PY := $(VENV)/bin/python
+BASE := $(VENV)/base.stamp
+TEST := $(VENV)/test.stamp
+DEV := $(VENV)/dev.stamp
+endif
+
+.PHONY: setup search test lint types check bench bench-nonlocal bench-sparse crash-test sanitize clean
+
+setup: $(BASE)
+
+search: $(BASE)
+	$(PY) -m rlnas_fast.cli search $(ARGS)
+
+test: $(TEST)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(DEV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(dir $(PY))clang-format --dry-run --Werror
+
+types: $(DEV)
+	$(PY) -m mypy
+
+check: lint types
+
+bench: $(TEST)
+	$(PY) benchmarks/bench_search_loop.py --check $(ARGS)
+	$(PY) benchmarks/bench_nonlocal_attention.py --check $(ARGS)
+	$(PY) benchmarks/bench_masked_matmul.py --check $(ARGS)
+	$(PY) benchmarks/bench_tabular.py --check $(ARGS)
+
+bench-nonlocal: $(TEST)
+	$(PY) benchmarks/bench_nonlocal_attention.py --check $(ARGS)
+
+bench-sparse: $(TEST)
+	$(PY) benchmarks/bench_masked_matmul.py --check $(ARGS)
+
+crash-test: $(TEST)
+	$(PY) benchmarks/crash_test.py $(ARGS)
+
+sanitize: $(TEST)
+	scripts/sanitize.sh $(PY)
+
+clean:
+	rm -rf .venv build dist *.egg-info rlnas_fast/*.so
+
+build/in-place.stamp: $(SOURCES)
+	$(PY) setup.py build_ext --inplace
+	mkdir -p build && touch $@
+
+$(VENV)/bin/python:
+	python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+
+.venv/base.stamp: $(SOURCES) constraints.txt | $(VENV)/bin/python
+	$(PY) -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/test.stamp: $(SOURCES) constraints.txt | $(VENV)/bin/python
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@ .venv/base.stamp
+
+.venv/dev.stamp: $(SOURCES) constraints.txt | $(VENV)/bin/python
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@ .venv/test.stamp .venv/base.stamp
