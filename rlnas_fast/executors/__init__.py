@@ -1,0 +1,1 @@
+"""Ways to run evaluations: one after the other, or in worker processes.  Never imports torch."""
