@@ -1,0 +1,1 @@
+"""Mathematics of the strategies: pure functions on arrays, and policy networks."""

@@ -1,0 +1,121 @@
+"""REINFORCE with a recurrent controller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..rl.baselines import MovingAverage, ema_advantages
+from ..rl.losses import reinforce_loss
+from ..rl.policies import Choices, RecurrentPolicy
+from ..search import Architecture, SearchContext, SearchSpace, Trial
+from .novelty import Novelty
+
+
+class Reinforce:
+    """Learns an autoregressive LSTM controller by REINFORCE, one step of Adam for each batch told.
+
+    Advantages are rewards minus a moving average, divided by their moving deviation, so that neither the
+    scale of the reward nor its unit matters.
+
+    Source: Zoph and Le, Neural Architecture Search with Reinforcement Learning (2017).
+    Deviations: what was proposed before is drawn again, from a policy that is flatter each time (which
+    makes those draws slightly off-policy), and one process takes the place of their asynchronous ones.
+
+    Args:
+        space: where to search.
+        seed: of its own generators.
+        allow_repeats: proposes an architecture again although it was asked or told before.
+        cell: "lstm" or "gru".
+        hidden: width of the controller.
+        learning_rate: of Adam.
+        entropy_weight: nats of entropy are worth this many deviations of the reward.
+        baseline_decay: weight of the past in the moving average.
+        temperature: divides the logits.
+        tanh_constant: bounds the logits to +- this; 0 leaves them free.
+        epsilon: probability of a uniform draw at each decision.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        seed: int,
+        allow_repeats: bool = False,
+        cell: str = "lstm",
+        hidden: int = 64,
+        learning_rate: float = 0.01,
+        entropy_weight: float = 0.01,
+        baseline_decay: float = 0.9,
+        temperature: float = 1.0,
+        tanh_constant: float = 2.5,
+        epsilon: float = 0.0,
+    ) -> None:
+        if not 0 <= baseline_decay < 1:
+            raise ConfigError(f"baseline_decay = {baseline_decay}: give a number from 0 to below 1")
+        if not 0 <= epsilon <= 1:
+            raise ConfigError(f"epsilon = {epsilon}: give a probability")
+        if learning_rate <= 0 or entropy_weight < 0:
+            raise ConfigError(
+                f"learning_rate = {learning_rate} must be above 0, entropy_weight = {entropy_weight} at "
+                "least 0"
+            )
+        self._space = space
+        self._generator = torch.Generator().manual_seed(seed)
+        self._novelty = Novelty(space, np.random.default_rng(seed), allow_repeats=allow_repeats)
+        self._policy = RecurrentPolicy(
+            [len(decision.choices) for decision in space.decisions],
+            hidden=hidden,
+            cell=cell,
+            temperature=temperature,
+            tanh_constant=tanh_constant or None,
+            generator=self._generator,
+        )
+        self._optimizer = torch.optim.Adam(self._policy.parameters(), lr=learning_rate, fused=True)
+        self._entropy_weight = entropy_weight
+        self._baseline_decay = baseline_decay
+        self._epsilon = epsilon
+        self._average = MovingAverage()
+        self._masks: dict[Choices, Tensor] = {}
+
+    def ask(self, count: int, context: SearchContext) -> list[Architecture]:
+        """``count`` new architectures from the policy; fewer only when the space has no more."""
+        asked = self._novelty.fill(count, self._draw)
+        self._masks = {a.choices: self._masks[a.choices] for a in asked if a.choices in self._masks}
+        return asked
+
+    def tell(self, trials: Sequence[Trial]) -> None:
+        """One gradient step on ``trials``, whoever proposed them."""
+        self._novelty.tell(trials)
+        if not trials:
+            return
+        rewards = torch.tensor([trial.reward for trial in trials], dtype=torch.float64)
+        advantages, self._average = ema_advantages(rewards, self._average, decay=self._baseline_decay)
+        advantages = advantages / (self._average.deviation or 1.0)
+        sequences = [trial.architecture.choices for trial in trials]
+        episodes = self._policy.episodes(sequences, self._space.mask, self._masks)
+        for sequence in sequences:
+            self._masks.pop(sequence, None)
+        scored = self._policy(episodes)
+        loss = reinforce_loss(
+            scored.log_probs, advantages.float(), scored.entropies, entropy_weight=self._entropy_weight
+        )
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+
+    def _draw(self, missing: int, attempt: int) -> Iterable[Architecture]:
+        sequences, masks = self._policy.sample(
+            missing,
+            self._space.mask,
+            self._space.is_complete,
+            self._generator,
+            flatten=2.0**attempt,
+            epsilon=self._epsilon,
+        )
+        self._masks.update(zip(sequences, masks, strict=True))
+        return [Architecture(self._space.name, sequence) for sequence in sequences]
