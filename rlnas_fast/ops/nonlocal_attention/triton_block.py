@@ -1,0 +1,612 @@
+# mypy: ignore-errors
+"""The whole softmax block on a GPU in two launches forward and six backward.
+
+Forward: (1) theta, phi and g from one reading of x, with the key pooling in the epilogue; (2) attention with
+W_z, bias and residual in the epilogue.  Backward: W_z; queries; keys; input; weights; their reduction.
+Any strides of x, pooled windows of any size, bitwise reproducible.
+
+Sizes: B batch, C channels, D inner channels of theta and phi, E of g, N positions, M keys.
+Source: Wang et al., Non-local Neural Networks (2018), eq. 1-6, figure 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from rlnas_fast.ops.nonlocal_attention.triton_kernels import (
+    LARGEST_CHUNK,
+    Tiles,
+    attend,
+    attention_backward,
+    chunk,
+    forward_tiles,
+    load_tile,
+    tile_pointers,
+)
+from rlnas_fast.ops.triton_launch import Launch, current_stream, dot_precision
+
+__all__ = ["Projections", "Saved", "block_backward", "block_forward", "supports"]
+
+WEIGHT_SPLITS = 128  # about one a multiprocessor
+
+
+class Projections(NamedTuple):
+    """The 1x1 convolutions as matrices; a bias may be None, but theta, phi and g must agree on having one."""
+
+    theta: torch.Tensor  # [D, C]
+    phi: torch.Tensor  # [D, C]
+    g: torch.Tensor  # [E, C]
+    out: torch.Tensor  # [C, E]
+    theta_bias: torch.Tensor | None = None  # [D]
+    phi_bias: torch.Tensor | None = None  # [D]
+    g_bias: torch.Tensor | None = None  # [E]
+    out_bias: torch.Tensor | None = None  # [C]
+
+
+class Saved(NamedTuple):
+    """What the backward needs beside x and the weights; O(N)."""
+
+    query: torch.Tensor  # [B, N, D]
+    key: torch.Tensor  # [B, M, D]
+    value: torch.Tensor  # [B, M, E]
+    mean: torch.Tensor  # [B, N, E]
+    lse: torch.Tensor  # [B, N] float32
+    key_choice: torch.Tensor | None  # [B, M, D] uint8: which position of its window was the largest
+    value_choice: torch.Tensor | None  # [B, M, E] uint8
+
+
+def supports(x: torch.Tensor, weights: Projections) -> bool:
+    """Says whether the fused block fits: one chunk of inner channels, contiguous weights, one rule of bias."""
+    inner = max(weights.theta.shape[0], weights.g.shape[0])
+    biases = {bias is None for bias in (weights.theta_bias, weights.phi_bias, weights.g_bias)}
+    return (
+        x.numel() > 0
+        and inner <= LARGEST_CHUNK[dot_precision(x.dtype)]
+        and len(biases) == 1
+        and all(weight.is_contiguous() for weight in weights if weight is not None)
+    )
+
+
+def block_forward(
+    x: torch.Tensor, weights: Projections, *, pool: tuple[int, ...] | None, residual: bool, save: bool
+) -> tuple[torch.Tensor, Saved | None]:
+    """Computes z = W_z y + bias (+ x) for softmax attention y between the positions of x.
+
+    Args:
+        x: [B, C, *spatial] with 1 to 3 spatial dimensions, any strides.
+        weights: in x's dtype, contiguous.
+        pool: the max-pooling window of the keys, one size a spatial dimension; None pools nothing.
+        residual: whether x is added.
+        save: whether the backward will follow.
+
+    Returns:
+        z, shaped and laid out as x; and what the backward needs, if ``save``.
+    """
+    geometry = _geometry(x, pool)
+    batch, depth, width = x.shape[0], weights.theta.shape[0], weights.g.shape[0]
+    z = torch.empty_like(x)
+    query = x.new_empty((batch, geometry.positions, depth))
+    key = x.new_empty((batch, geometry.keys, depth))
+    value = x.new_empty((batch, geometry.keys, width))
+    key_choice = value_choice = mean = lse = None
+    if save:
+        mean = x.new_empty((batch, geometry.positions, width))
+        lse = x.new_empty((batch, geometry.positions), dtype=torch.float32)
+        if geometry.window > 1:
+            key_choice = torch.empty_like(key, dtype=torch.uint8)
+            value_choice = torch.empty_like(value, dtype=torch.uint8)
+    has_bias, has_out_bias = weights.theta_bias is not None, weights.out_bias is not None
+    aligned = _aligned(x, *weights)
+    project, attention = _forward_launches(
+        geometry, _strides(z), batch, x.shape[1], depth, width, x.dtype, dot_precision(x.dtype), has_bias,
+        has_out_bias, residual, save, aligned,
+    )  # fmt: skip
+    stream = current_stream(x.device.index)
+    project(
+        stream, x, weights.theta, weights.phi, weights.g, weights.theta_bias, weights.phi_bias, weights.g_bias,
+        query, key, value, key_choice, value_choice,
+    )  # fmt: skip
+    attention(stream, query, key, value, weights.out, weights.out_bias, x, z, mean, lse)
+    return z, Saved(query, key, value, mean, lse, key_choice, value_choice) if save else None
+
+
+def block_backward(
+    grad_z: torch.Tensor,
+    x: torch.Tensor,
+    weights: Projections,
+    saved: Saved,
+    *,
+    pool: tuple[int, ...] | None,
+    residual: bool,
+) -> tuple[torch.Tensor, Projections]:
+    """Computes the gradients of x and of every weight from what the forward saved."""
+    geometry = _geometry(x, pool)
+    batch, channels = x.shape[:2]
+    depth, width = weights.theta.shape[0], weights.g.shape[0]
+    has_bias, has_out_bias = weights.theta_bias is not None, weights.out_bias is not None
+    aligned = _aligned(x, grad_z, *weights)
+    gx = torch.empty_like(x)
+    grad_mean = torch.empty_like(saved.mean)
+    back, spread, contribute, splits = _backward_launches(
+        geometry, _geometry(grad_z, pool), _strides(gx), batch, channels, depth, width, x.dtype,
+        dot_precision(x.dtype), residual, aligned,
+    )  # fmt: skip
+    stream = current_stream(x.device.index)
+    back(stream, grad_z, weights.out, grad_mean)
+    gquery, gkey, gvalue = (
+        gradient.transpose(1, 2)
+        for gradient in attention_backward(
+            *(each.transpose(1, 2) for each in (grad_mean, *saved[:4])), saved.lse
+        )
+    )
+    spread(
+        stream, grad_z, gquery, gkey, gvalue, saved.key_choice, saved.value_choice, weights.theta, weights.phi,
+        weights.g, gx,
+    )  # fmt: skip
+    matrices = (2 * depth + 2 * width) * channels
+    partial = x.new_empty((splits, matrices + 2 * depth + width + channels), dtype=torch.float32)
+    contribute(
+        stream, x, grad_z, gquery, gkey, gvalue, saved.key_choice, saved.value_choice, saved.mean, partial
+    )
+    total = partial.sum(0).to(x.dtype)
+    shapes = [weight.shape for weight in weights[:4]] + [(depth,), (depth,), (width,), (channels,)]
+    pieces = total.split([math.prod(shape) for shape in shapes])
+    gradients = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    kept = [*[True] * 4, *[has_bias] * 3, has_out_bias]
+    return gx, Projections(*(each if keep else None for each, keep in zip(gradients, kept, strict=True)))
+
+
+class _Geometry(NamedTuple):
+    spatial: tuple[int, int, int]
+    pool: tuple[int, int, int]
+    strides: tuple[int, int, int, int, int]
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.spatial)
+
+    @property
+    def pooled(self) -> tuple[int, int, int]:
+        return tuple(size // window for size, window in zip(self.spatial, self.pool, strict=True))
+
+    @property
+    def keys(self) -> int:
+        return math.prod(self.pooled)
+
+    @property
+    def window(self) -> int:
+        return math.prod(self.pool)
+
+    @property
+    def flat(self) -> bool:
+        """Whether one stride leads from each position to the next."""
+        return _is_flat(self.spatial, self.strides)
+
+
+def _is_flat(spatial, strides) -> bool:
+    _, rows, columns = spatial
+    _, _, slice_stride, row_stride, stride = strides
+    return (rows == 1 or row_stride == columns * stride) and (
+        spatial[0] == 1 or slice_stride == rows * columns * stride
+    )
+
+
+def _geometry(x: torch.Tensor, pool: tuple[int, ...] | None) -> _Geometry:
+    missing = 5 - x.dim()
+    spatial = (*[1] * missing, *x.shape[2:])
+    window = (*[1] * missing, *(pool or [1] * (x.dim() - 2)))
+    return _Geometry(spatial, window, _strides(x))
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """Strides of [B, C, T, H, W]; a missing dimension repeats what its inner ones span."""
+    strides = list(x.stride()[2:])
+    spatial = list(x.shape[2:])
+    while len(strides) < 3:
+        strides.insert(0, strides[0] * spatial[0])
+        spatial.insert(0, 1)
+    return (*x.stride()[:2], *strides)
+
+
+def _aligned(*tensors: torch.Tensor | None) -> tuple[bool, ...]:
+    return tuple(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def _gemm_tiles(dtype: torch.dtype, precision: str) -> Tiles:
+    if dtype is torch.float32:
+        return Tiles(64, 32, 4, 2) if precision == "tf32" else Tiles(32, 16, 4, 1)
+    return Tiles(64, 64, 4, 3)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_launches(
+    geometry, z_strides, batch, channels, depth, width, dtype, precision, has_bias, has_out_bias, residual, save,
+    aligned,
+):  # fmt: skip
+    tiles = _gemm_tiles(dtype, precision)
+    positions, keys, pooled = geometry.positions, geometry.keys, geometry.window > 1
+    sizes = (batch, channels, depth, width, positions, keys, *geometry.spatial[1:], *geometry.pooled[1:])
+    block_o = min(128 if dtype is not torch.float32 else 64, max(chunk(depth), chunk(width)))
+    query_rows, key_rows = triton.cdiv(positions, tiles.rows), triton.cdiv(keys, tiles.rows)
+    columns = triton.cdiv(depth, block_o), triton.cdiv(depth, block_o), triton.cdiv(width, block_o)
+    project = Launch(
+        _project_kernel,
+        (query_rows * columns[0] + key_rows * (columns[1] + columns[2]), batch, 1),
+        (*sizes, *geometry.strides),
+        {
+            "BLOCK_P": tiles.rows, "BLOCK_C": tiles.columns, "BLOCK_O": block_o, "POOL_T": geometry.pool[0],
+            "POOL_H": geometry.pool[1], "POOL_W": geometry.pool[2], "FLAT": geometry.flat,
+            "HAS_BIAS": has_bias, "SAVE": save and pooled, "PRECISION": precision,
+        },
+        warps=8 if pooled else tiles.warps,  # the largest value so far and its index live beside the sum
+        stages=tiles.stages,
+    )  # fmt: skip
+    cut = forward_tiles(depth, width, positions, dtype)
+    block_d, block_e = chunk(depth), chunk(width)
+    attention = Launch(
+        _attention_kernel,
+        (triton.cdiv(positions, cut.rows), batch, 1),
+        (positions, keys, depth, width, channels, *geometry.spatial[1:], *geometry.strides, *z_strides),
+        {
+            "BLOCK_N": cut.rows, "BLOCK_M": cut.columns, "BLOCK_D": block_d, "BLOCK_E": block_e,
+            "BLOCK_C": min(tiles.columns, 64), "EVEN_D": depth == block_d, "EVEN_E": width == block_e,
+            "FLAT": geometry.flat, "Z_FLAT": _is_flat(geometry.spatial, z_strides),
+            "HAS_BIAS": has_out_bias, "RESIDUAL": residual, "SAVE": save, "PRECISION": precision,
+        },
+        warps=cut.warps,
+        stages=cut.stages,
+    )  # fmt: skip
+    return project, attention
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_launches(
+    geometry, grad, gx_strides, batch, channels, depth, width, dtype, precision, residual, aligned
+):  # fmt: skip
+    tiles = _gemm_tiles(dtype, precision)
+    positions, keys = geometry.positions, geometry.keys
+    spatial, pooled = geometry.spatial[1:], geometry.pooled[1:]
+    shared = {
+        "BLOCK_C": tiles.columns, "POOL_T": geometry.pool[0], "POOL_H": geometry.pool[1],
+        "POOL_W": geometry.pool[2], "PRECISION": precision,
+    }  # fmt: skip
+    row_tiles = triton.cdiv(positions, tiles.rows)
+    block_e = min(128, chunk(width))
+    back = Launch(
+        _grad_mean_kernel,
+        (row_tiles, batch, triton.cdiv(width, block_e)),
+        (positions, channels, width, *spatial, *grad.strides),
+        {
+            "BLOCK_P": tiles.rows, "BLOCK_C": tiles.columns, "BLOCK_E": block_e, "FLAT": grad.flat,
+            "PRECISION": precision,
+        },
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )  # fmt: skip
+    spread = Launch(
+        _input_gradient_kernel,
+        (row_tiles, batch, triton.cdiv(channels, 64)),
+        (positions, keys, channels, depth, width, *geometry.spatial, *geometry.pooled, *grad.strides, *gx_strides),
+        {
+            **shared, "BLOCK_P": tiles.rows, "BLOCK_C": 64, "BLOCK_K": tiles.columns, "RESIDUAL": residual,
+            "FLAT": grad.flat, "X_FLAT": _is_flat(geometry.spatial, gx_strides),
+        },
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )  # fmt: skip
+    block_r = 64 if dtype is not torch.float32 else 32
+    rows = triton.cdiv(depth, block_r), triton.cdiv(depth, block_r), triton.cdiv(width, block_r)
+    tiles_of_output = sum(rows) * triton.cdiv(channels, 64) + rows[2] * triton.cdiv(channels, 64)
+    steps = batch * row_tiles
+    splits = max(1, min(steps, 2 * WEIGHT_SPLITS // tiles_of_output, WEIGHT_SPLITS))
+    per_split = triton.cdiv(steps, splits)
+    splits = triton.cdiv(steps, per_split)
+    contribute = Launch(
+        _weight_gradient_kernel,
+        (tiles_of_output, splits, 1),
+        (
+            batch, positions, keys, channels, depth, width, *geometry.spatial, *geometry.pooled, per_split,
+            *geometry.strides, *grad.strides,
+        ),
+        {
+            **shared, "BLOCK_P": tiles.rows, "BLOCK_C": 64, "BLOCK_R": block_r, "FLAT": geometry.flat,
+            "GRAD_FLAT": grad.flat,
+        },
+        warps=4,
+        stages=tiles.stages,
+    )  # fmt: skip
+    return back, spread, contribute, splits
+
+
+@triton.jit
+def offset(position, height, width, stride_t, stride_h, stride_w, FLAT: tl.constexpr):
+    """Where a position lies, in elements."""
+    if FLAT:
+        return position.to(tl.int64) * stride_w
+    column = position % width
+    row = position // width % height
+    return ((position // width // height).to(tl.int64) * stride_t + row.to(tl.int64) * stride_h
+            + column.to(tl.int64) * stride_w)
+
+
+@triton.jit
+def window_position(key, element, height, width, pooled_h, pooled_w, POOL_T: tl.constexpr, POOL_H: tl.constexpr,
+                    POOL_W: tl.constexpr):
+    """The position that is element ``element`` of the window of pooled position ``key``."""
+    row = key // pooled_w % pooled_h * POOL_H + element // POOL_W % POOL_H
+    column = key % pooled_w * POOL_W + element % POOL_W
+    slab = key // pooled_w // pooled_h * POOL_T + element // POOL_W // POOL_H
+    return (slab * height + row) * width + column
+
+
+@triton.jit
+def _project_kernel(x, theta, phi, g, theta_bias, phi_bias, g_bias, query, key, value, key_choice, value_choice,
+                    batch, channels, depth, width, positions, keys, height, columns, pooled_h, pooled_w, x_b, x_c,
+                    x_t, x_h, x_w, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+                    POOL_T: tl.constexpr, POOL_H: tl.constexpr, POOL_W: tl.constexpr, FLAT: tl.constexpr,
+                    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr):
+    pid = tl.program_id(0)
+    sample = tl.program_id(1).to(tl.int64)
+    depth_tiles = tl.cdiv(depth, BLOCK_O)
+    query_programs = tl.cdiv(positions, BLOCK_P) * depth_tiles
+    key_tiles = tl.cdiv(keys, BLOCK_P)
+    x += sample * x_b
+    if pid < query_programs:
+        _project(x, theta, theta_bias, query + sample * positions * depth, key_choice,
+                 pid // depth_tiles * BLOCK_P, pid % depth_tiles * BLOCK_O, channels, depth, positions, height,
+                 columns, pooled_h, pooled_w, x_c, x_t, x_h, x_w, BLOCK_P, BLOCK_C, BLOCK_O, 1, 1, 1, FLAT,
+                 HAS_BIAS, False, PRECISION)
+    elif pid < query_programs + key_tiles * depth_tiles:
+        pid -= query_programs
+        _project(x, phi, phi_bias, key + sample * keys * depth,
+                 key_choice + sample * keys * depth if SAVE else key_choice,
+                 pid // depth_tiles * BLOCK_P, pid % depth_tiles * BLOCK_O, channels, depth, keys, height, columns,
+                 pooled_h, pooled_w, x_c, x_t, x_h, x_w, BLOCK_P, BLOCK_C, BLOCK_O, POOL_T, POOL_H, POOL_W,
+                 FLAT, HAS_BIAS, SAVE, PRECISION)
+    else:
+        pid -= query_programs + key_tiles * depth_tiles
+        width_tiles = tl.cdiv(width, BLOCK_O)
+        _project(x, g, g_bias, value + sample * keys * width,
+                 value_choice + sample * keys * width if SAVE else value_choice,
+                 pid // width_tiles * BLOCK_P, pid % width_tiles * BLOCK_O, channels, width, keys, height, columns,
+                 pooled_h, pooled_w, x_c, x_t, x_h, x_w, BLOCK_P, BLOCK_C, BLOCK_O, POOL_T, POOL_H, POOL_W,
+                 FLAT, HAS_BIAS, SAVE, PRECISION)
+
+
+@triton.jit
+def _project(x, weight, bias, out, choice, first_row, first_output, channels, outputs, rows, height, columns,
+             pooled_h, pooled_w, x_c, x_t, x_h, x_w, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+             BLOCK_O: tl.constexpr, POOL_T: tl.constexpr, POOL_H: tl.constexpr, POOL_W: tl.constexpr,
+             FLAT: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile of a 1x1 convolution, its largest value over each window, and which element that was."""
+    WINDOW: tl.constexpr = POOL_T * POOL_H * POOL_W
+    row = first_row + tl.arange(0, BLOCK_P)
+    output = first_output + tl.arange(0, BLOCK_O)
+    largest = tl.full([BLOCK_P, BLOCK_O], float("-inf"), tl.float32)
+    chosen = tl.zeros([BLOCK_P, BLOCK_O], tl.int32)
+    for element in range(WINDOW):
+        if WINDOW == 1:
+            position = row
+        else:
+            position = window_position(row, element, height, columns, pooled_h, pooled_w, POOL_T, POOL_H, POOL_W)
+        where = x + offset(position, height, columns, x_t, x_h, x_w, FLAT)
+        product = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
+        for start in range(0, channels, BLOCK_C):
+            channel = start + tl.arange(0, BLOCK_C)
+            left = tl.load(where[:, None] + channel.to(tl.int64)[None, :] * x_c,
+                           (row[:, None] < rows) & (channel[None, :] < channels), other=0.0)
+            right = load_tile(tile_pointers(weight, channel, output, 1, channels), channel, output, channels,
+                              outputs, True, True)
+            product = tl.dot(left, right, product, input_precision=PRECISION)
+        if WINDOW == 1:
+            largest = product
+        else:
+            take = (product > largest) | (product != product)  # NaN stays, as in torch's pooling
+            largest = tl.where(take, product, largest)
+            chosen = tl.where(take, element, chosen)
+    if HAS_BIAS:
+        largest += tl.load(bias + output, output < outputs, other=0.0).to(tl.float32)[None, :]
+    mask = (row[:, None] < rows) & (output[None, :] < outputs)
+    tl.store(tile_pointers(out, row, output, outputs, 1), largest.to(out.dtype.element_ty), mask)
+    if SAVE:
+        tl.store(tile_pointers(choice, row, output, outputs, 1), chosen.to(tl.uint8), mask)
+
+
+@triton.jit
+def _attention_kernel(query, key, value, weight, bias, x, z, mean_out, lse, positions, keys, depth, width, channels,
+                      height, columns, x_b, x_c, x_t, x_h, x_w, z_b, z_c, z_t, z_h, z_w, BLOCK_N: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+                      EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, FLAT: tl.constexpr, Z_FLAT: tl.constexpr,
+                      HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
+                      PRECISION: tl.constexpr):
+    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    output = tl.arange(0, BLOCK_E)
+    mean, log_sum = attend(query + sample * positions * depth, key + sample * keys * depth,
+                           value + sample * keys * width, row, output, positions, keys, depth, width, 1, depth, 1,
+                           depth, 1, width, BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_E, 1, EVEN_D, EVEN_E, PRECISION)
+    mean = mean.to(query.dtype.element_ty)
+    if SAVE:
+        tl.store(tile_pointers(mean_out + sample * positions * width, row, output, width, 1), mean,
+                 (row[:, None] < positions) & (output[None, :] < width))
+        tl.store(lse + sample * positions + row, log_sum, row < positions)
+    x_rows = x + sample * x_b + offset(row, height, columns, x_t, x_h, x_w, FLAT)
+    z_rows = z + sample * z_b + offset(row, height, columns, z_t, z_h, z_w, Z_FLAT)
+    for start in range(0, channels, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C)
+        part = load_tile(tile_pointers(weight, output, channel, 1, width), output, channel, width, channels,
+                         not EVEN_E, True)
+        result = tl.dot(mean, part, input_precision=PRECISION)
+        if HAS_BIAS:
+            result += tl.load(bias + channel, channel < channels, other=0.0).to(tl.float32)[None, :]
+        mask = (row[:, None] < positions) & (channel[None, :] < channels)
+        if RESIDUAL:
+            result += tl.load(x_rows[:, None] + channel.to(tl.int64)[None, :] * x_c, mask, other=0.0).to(tl.float32)
+        tl.store(z_rows[:, None] + channel.to(tl.int64)[None, :] * z_c, result.to(z.dtype.element_ty), mask)
+
+
+@triton.jit
+def _grad_mean_kernel(grad_z, weight, grad_mean, positions, channels, width, height, columns, grad_b, grad_c, grad_t,
+                      grad_h, grad_w, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+                      FLAT: tl.constexpr, PRECISION: tl.constexpr):
+    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    output = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
+    where = grad_z + sample * grad_b + offset(row, height, columns, grad_t, grad_h, grad_w, FLAT)
+    product = tl.zeros([BLOCK_P, BLOCK_E], tl.float32)
+    for start in range(0, channels, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C)
+        left = tl.load(where[:, None] + channel.to(tl.int64)[None, :] * grad_c,
+                       (row[:, None] < positions) & (channel[None, :] < channels), other=0.0)
+        right = load_tile(tile_pointers(weight, channel, output, width, 1), channel, output, channels, width, True,
+                          True)
+        product = tl.dot(left, right, product, input_precision=PRECISION)
+    tl.store(tile_pointers(grad_mean + sample * positions * width, row, output, width, 1),
+             product.to(grad_mean.dtype.element_ty), (row[:, None] < positions) & (output[None, :] < width))
+
+
+@triton.jit
+def gather_gradient(gradient, choice, row, inner, positions, keys, size, slabs, height, columns, pooled_t, pooled_h,
+                    pooled_w, POOL_T: tl.constexpr, POOL_H: tl.constexpr, POOL_W: tl.constexpr):
+    """Gradient [rows, inner] at full resolution of a projection that may have been pooled."""
+    if POOL_T * POOL_H * POOL_W == 1:
+        values = load_tile(tile_pointers(gradient, row, inner, size, 1), row, inner, positions, size, True, True)
+    else:
+        slab, line, column = row // columns // height, row // columns % height, row % columns
+        element = (slab % POOL_T * POOL_H + line % POOL_H) * POOL_W + column % POOL_W
+        slab, line, column = slab // POOL_T, line // POOL_H, column // POOL_W
+        key = (slab * pooled_h + line) * pooled_w + column
+        inside = (row < positions) & (slab < pooled_t) & (line < pooled_h) & (column < pooled_w)
+        mask = inside[:, None] & (inner[None, :] < size)
+        values = tl.load(tile_pointers(gradient, key, inner, size, 1), mask, other=0.0)
+        winner = tl.load(tile_pointers(choice, key, inner, size, 1), mask, other=0)
+        values = tl.where(winner.to(tl.int32) == element[:, None], values, 0.0)
+    return values
+
+
+@triton.jit
+def _input_gradient_kernel(grad_z, gquery, gkey, gvalue, key_choice, value_choice, theta, phi, g, gx, positions, keys,
+                           channels, depth, width, slabs, height, columns, pooled_t, pooled_h, pooled_w, grad_b,
+                           grad_c, grad_t, grad_h, grad_w, x_b, x_c, x_t, x_h, x_w, BLOCK_C: tl.constexpr,
+                           POOL_T: tl.constexpr, POOL_H: tl.constexpr, POOL_W: tl.constexpr,
+                           PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+                           RESIDUAL: tl.constexpr, FLAT: tl.constexpr, X_FLAT: tl.constexpr):
+    POOLED: tl.constexpr = POOL_T * POOL_H * POOL_W > 1
+    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (row[:, None] < positions) & (channel[None, :] < channels)
+    gquery += sample * positions * depth
+    gkey += sample * keys * depth
+    gvalue += sample * keys * width
+    if POOLED:
+        key_choice += sample * keys * depth
+        value_choice += sample * keys * width
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        left = load_tile(tile_pointers(gquery, row, inner, depth, 1), row, inner, positions, depth, True, True)
+        right = load_tile(tile_pointers(theta, inner, channel, channels, 1), inner, channel, depth, channels, True,
+                          True)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    for start in range(0, depth, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        left = gather_gradient(gkey, key_choice, row, inner, positions, keys, depth, slabs, height, columns, pooled_t,
+                               pooled_h, pooled_w, POOL_T, POOL_H, POOL_W)
+        right = load_tile(tile_pointers(phi, inner, channel, channels, 1), inner, channel, depth, channels, True,
+                          True)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    for start in range(0, width, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        left = gather_gradient(gvalue, value_choice, row, inner, positions, keys, width, slabs, height, columns,
+                               pooled_t, pooled_h, pooled_w, POOL_T, POOL_H, POOL_W)
+        right = load_tile(tile_pointers(g, inner, channel, channels, 1), inner, channel, width, channels, True, True)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    if RESIDUAL:
+        rows = grad_z + sample * grad_b + offset(row, height, columns, grad_t, grad_h, grad_w, FLAT)
+        total += tl.load(rows[:, None] + channel.to(tl.int64)[None, :] * grad_c, mask, other=0.0).to(tl.float32)
+    rows = gx + sample * x_b + offset(row, height, columns, x_t, x_h, x_w, X_FLAT)
+    tl.store(rows[:, None] + channel.to(tl.int64)[None, :] * x_c, total.to(gx.dtype.element_ty), mask)
+
+
+@triton.jit
+def _weight_gradient_kernel(x, grad_z, gquery, gkey, gvalue, key_choice, value_choice, mean, partial, batch,
+                            positions, keys, channels, depth, width, slabs, height, columns, pooled_t, pooled_h,
+                            pooled_w, per_split, x_b, x_c, x_t, x_h, x_w, grad_b, grad_c, grad_t, grad_h, grad_w,
+                            BLOCK_C: tl.constexpr, POOL_T: tl.constexpr, POOL_H: tl.constexpr,
+                            POOL_W: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
+                            BLOCK_R: tl.constexpr, FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr):
+    """Sums one tile of one weight's gradient over one split of the positions; row sums are the biases."""
+    pid = tl.program_id(0)
+    channel_tiles = tl.cdiv(channels, BLOCK_C)
+    depth_programs = tl.cdiv(depth, BLOCK_R) * channel_tiles
+    width_programs = tl.cdiv(width, BLOCK_R) * channel_tiles
+    matrices = (2 * depth + 2 * width) * channels
+    partial += tl.program_id(1).to(tl.int64) * (matrices + 2 * depth + width + channels)
+    first = tl.program_id(1) * per_split
+    last = tl.minimum(first + per_split, batch * tl.cdiv(positions, BLOCK_P))
+    if pid < depth_programs:
+        _weight_gradient(x, gquery, key_choice, partial, partial + matrices, pid, first, last, positions, positions,
+                         channels, depth, slabs, height, columns, pooled_t, pooled_h, pooled_w, x_b, x_c, x_t, x_h,
+                         x_w, BLOCK_C, 1, 1, 1, PRECISION, BLOCK_P, BLOCK_R, FLAT, False)
+    elif pid < 2 * depth_programs:
+        _weight_gradient(x, gkey, key_choice, partial + depth * channels, partial + matrices + depth,
+                         pid - depth_programs, first, last, positions, keys, channels, depth, slabs, height, columns,
+                         pooled_t, pooled_h, pooled_w, x_b, x_c, x_t, x_h, x_w, BLOCK_C, POOL_T, POOL_H, POOL_W,
+                         PRECISION, BLOCK_P, BLOCK_R, FLAT, False)
+    elif pid < 2 * depth_programs + width_programs:
+        _weight_gradient(x, gvalue, value_choice, partial + 2 * depth * channels, partial + matrices + 2 * depth,
+                         pid - 2 * depth_programs, first, last, positions, keys, channels, width, slabs, height,
+                         columns, pooled_t, pooled_h, pooled_w, x_b, x_c, x_t, x_h, x_w, BLOCK_C, POOL_T, POOL_H,
+                         POOL_W, PRECISION, BLOCK_P, BLOCK_R, FLAT, False)
+    else:
+        _weight_gradient(grad_z, mean, key_choice, partial + (2 * depth + width) * channels,
+                         partial + matrices + 2 * depth + width, pid - 2 * depth_programs - width_programs, first,
+                         last, positions, positions, channels, width, slabs, height, columns, pooled_t, pooled_h,
+                         pooled_w, grad_b, grad_c, grad_t, grad_h, grad_w, BLOCK_C, 1, 1, 1, PRECISION, BLOCK_P,
+                         BLOCK_R, GRAD_FLAT, True)
+
+
+@triton.jit
+def _weight_gradient(wide, inner_rows, choice, out, sums, pid, first, last, positions, keys, channels, size, slabs,
+                     height, columns, pooled_t, pooled_h, pooled_w, x_b, x_c, x_t, x_h, x_w, BLOCK_C: tl.constexpr,
+                     POOL_T: tl.constexpr, POOL_H: tl.constexpr, POOL_W: tl.constexpr, PRECISION: tl.constexpr,
+                     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, FLAT: tl.constexpr, OUT: tl.constexpr):
+    """inner_rows^T wide as [size, channels]; with OUT its transpose, the layout of W_z."""
+    channel_tiles = tl.cdiv(channels, BLOCK_C)
+    inner = pid // channel_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    channel = pid % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    tiles = tl.cdiv(positions, BLOCK_P)
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    inner_sum = tl.zeros([BLOCK_R], tl.float32)
+    channel_sum = tl.zeros([BLOCK_C], tl.float32)
+    for step in range(first, last):
+        sample = (step // tiles).to(tl.int64)
+        row = step % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+        left = gather_gradient(inner_rows + sample * keys * size,
+                               choice + sample * keys * size if POOL_T * POOL_H * POOL_W > 1 else choice, row, inner,
+                               positions, keys, size, slabs, height, columns, pooled_t, pooled_h, pooled_w, POOL_T,
+                               POOL_H, POOL_W)
+        where = wide + sample * x_b + offset(row, height, columns, x_t, x_h, x_w, FLAT)
+        right = tl.load(where[:, None] + channel.to(tl.int64)[None, :] * x_c,
+                        (row[:, None] < positions) & (channel[None, :] < channels), other=0.0)
+        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+        if OUT:
+            channel_sum += tl.sum(right.to(tl.float32), 0)
+        else:
+            inner_sum += tl.sum(left.to(tl.float32), 0)
+    mask = (inner[:, None] < size) & (channel[None, :] < channels)
+    if OUT:
+        tl.store(tile_pointers(out, inner, channel, 1, size), total, mask)
+        if pid // channel_tiles == 0:
+            tl.store(sums + channel, channel_sum, channel < channels)
+    else:
+        tl.store(tile_pointers(out, inner, channel, channels, 1), total, mask)
+        if pid % channel_tiles == 0:
+            tl.store(sums + inner, inner_sum, inner < size)
