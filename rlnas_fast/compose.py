@@ -124,7 +124,8 @@ class SearchConfig(BaseModel):
     def _sensible(self) -> SearchConfig:
         if self.target_latency_ms and self.max_latency_ms and self.target_latency_ms > self.max_latency_ms:
             raise ValueError(
-                f"target_latency_ms = {self.target_latency_ms} is above max_latency_ms = {self.max_latency_ms}: "
+                f"target_latency_ms = {self.target_latency_ms} is above "
+                f"max_latency_ms = {self.max_latency_ms}: "
                 "give a target at or below the limit"
             )
         return self
@@ -255,7 +256,7 @@ def check_options(
 
 
 def resolve_device(name: str) -> str:
-    """ "auto" as the device it stands for; any other name if that device is there."""
+    """Turns "auto" into the device it stands for, and checks that any other is here."""
     import torch
 
     if name == "auto":
@@ -264,11 +265,9 @@ def resolve_device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device {name!r} is not a device: use cpu, cuda:0 or auto") from error
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if device.type not in ("cpu", "cuda") or (device.index or 0) >= count:
-        raise ConfigError(
-            f"device {name!r} is not here: {count if device.type == 'cuda' else 'no such'} CUDA devices; use cpu"
-        )
+    here = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= here:
+        raise ConfigError(f"device {name!r} is not here ({here} of type {device.type}): use cpu or auto")
     return f"cuda:{device.index or 0}" if device.type == "cuda" else "cpu"
 
 
@@ -297,7 +296,8 @@ def _reward(config: SearchConfig, given: Mapping[str, Any]) -> search.Reward:
     if config.target_latency_ms is not None:
         if "reward" in given or "target" not in options_of(find("reward", component.name)):
             raise ConfigError(
-                f"reward {component.name!r} takes no target: use soft, hard or absolute with --target-latency-ms"
+                f"reward {component.name!r} takes no target: "
+                "use soft, hard or absolute with --target-latency-ms"
             )
         component = _with_options(component, target=config.target_latency_ms / 1e3)
     reward: search.Reward = _part("reward", given, component)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import tomli_w
 
-from . import search
+from . import __version__, search
 from .compose import Component, Parts, SearchConfig, build, make, read_config
 from .errors import ReplayMismatch, RunError
 from .report.front import front_of, save_front_picture
@@ -24,7 +24,7 @@ from .search.rewards import within
 from .storage.measurement_cache import SqliteCache
 from .storage.sqlite_log import SqliteLog
 
-PACKAGES = ("rlnas-fast", "torch", "numpy")
+PACKAGES = ("torch", "numpy")
 
 
 class Progress(Protocol):
@@ -161,7 +161,8 @@ def load_child(folder: str | Path, *, space: Any = None) -> Any:
 
 def versions() -> dict[str, str]:
     """What a replay may depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    packages = {name: version(name) for name in PACKAGES}
+    return {"rlnas_fast": __version__, "python": platform.python_version()} | packages
 
 
 def _go_on(parts: Parts, folder: Path, progress: Progress, *, replay: bool) -> RunResult:

@@ -54,7 +54,10 @@ def imported_folders(file: Path) -> set[str]:
     return {name for name in found if name in EVERYTHING}
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_a_file_imports_only_from_floors_below(file: Path) -> None:
     own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     allowed = MAY_IMPORT[own] | {own, "errors", "_cpu", "_cuda"}

@@ -17,9 +17,7 @@ def list_components(kind: str, as_json: bool) -> None:
     for name in COMPONENTS[kind]:
         factory = find(kind, name)
         options = {p.name: _option(p) for p in options_of(factory).values() if p.name not in FIXED}
-        rows.append(
-            {"name": name, "what": (inspect.getdoc(factory) or "").split("\n")[0], "options": options}
-        )
+        rows.append((name, (inspect.getdoc(factory) or "").split("\n")[0], options))
     if as_json:
         print(json.dumps([{"name": n, "what": w, "options": o} for n, w, o in rows], indent=2))
         return

@@ -11,7 +11,6 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -26,6 +25,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Searches for the neural network that is best on your own hardware.",
 )
+
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, or the click that typer carries
 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -42,9 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except RlnasError as error:
         return _fail(str(error))
-    except click.ClickException as error:
-        return _fail(error.format_message())
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except USAGE_ERROR as error:
+        return _fail(error.format_message())  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; go on with: rlnas resume RUN", code=130)
     except BrokenPipeError:
         sys.stderr.close()

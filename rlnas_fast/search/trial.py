@@ -118,7 +118,7 @@ class Trial:
 
     @property
     def state(self) -> str:
-        """ "complete" or "failed"."""
+        """Either "complete" or "failed"."""
         return "complete" if self.measurement.failure is None else "failed"
 
 
