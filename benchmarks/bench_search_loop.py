@@ -59,8 +59,8 @@ def seconds_a_trial(strategy: Strategy, trials: int) -> float:
         with SqliteLog(path / "trials.sqlite") as log, SqliteCache(path / "measurements.sqlite") as cache:
             started = time.perf_counter()
             result = run_search(
-                space=SPACE, strategy=strategy, evaluator=Instant(), reward=soft(), executor=Serial(), log=log,
-                cache=cache, trials=trials, batch_size=10, budget=Budget(1), seed=0,
+                space=SPACE, strategy=strategy, evaluator=Instant(), reward=soft(), executor=Serial(),
+                log=log, cache=cache, trials=trials, batch_size=10, budget=Budget(1), seed=0,
             )  # fmt: skip
             spent = time.perf_counter() - started
     if len(result.trials) != trials:
