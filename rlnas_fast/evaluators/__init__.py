@@ -1,0 +1,1 @@
+"""What turns an architecture into a measurement: training a child, or looking it up."""

@@ -1,0 +1,1 @@
+"""Data sets, and what it means to do well on them."""

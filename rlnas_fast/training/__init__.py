@@ -1,0 +1,1 @@
+"""The one training loop, its recipe, and data that lives on the device."""
