@@ -19,6 +19,8 @@ from rlnas_fast.search import (
     sample_uniform,
     validate,
 )
+from rlnas_fast.strategies.evolution import Evolution
+from rlnas_fast.strategies.local_search import LocalSearch
 from rlnas_fast.strategies.random import RandomSearch
 from rlnas_fast.strategies.reinforce import Reinforce
 
@@ -26,6 +28,9 @@ Make = Callable[..., Strategy]
 
 STRATEGIES: dict[str, Make] = {
     "random": RandomSearch,
+    "evolution": Evolution,
+    "local-search": LocalSearch,
+    "local-search, 4 starts": functools.partial(LocalSearch, starts=4),
     "reinforce": Reinforce,
     "reinforce gru": functools.partial(Reinforce, cell="gru", epsilon=0.2),
 }
