@@ -27,6 +27,7 @@ from rlnas_fast.ops.nonlocal_attention.triton_kernels import (
     chunk,
     forward_tiles,
     load_tile,
+    place,
     tile_pointers,
 )
 from rlnas_fast.ops.triton_launch import Launch, current_stream, dot_precision
@@ -237,7 +238,7 @@ def _forward_launches(
     columns = triton.cdiv(depth, block_o), triton.cdiv(depth, block_o), triton.cdiv(width, block_o)
     project = Launch(
         _project_kernel,
-        (query_rows * columns[0] + key_rows * (columns[1] + columns[2]), batch, 1),
+        ((query_rows * columns[0] + key_rows * (columns[1] + columns[2])) * batch, 1, 1),
         (*sizes, *geometry.strides),
         {
             "BLOCK_P": tiles.rows, "BLOCK_C": tiles.columns, "BLOCK_O": block_o, "POOL_T": geometry.pool[0],
@@ -251,7 +252,7 @@ def _forward_launches(
     block_d, block_e = chunk(depth), chunk(width)
     attention = Launch(
         _attention_kernel,
-        (triton.cdiv(positions, cut.rows), batch, 1),
+        (triton.cdiv(positions, cut.rows) * batch, 1, 1),
         (positions, keys, depth, width, channels, *geometry.spatial[1:], *geometry.strides, *z_strides),
         {
             "BLOCK_N": cut.rows, "BLOCK_M": cut.columns, "BLOCK_D": block_d, "BLOCK_E": block_e,
@@ -280,7 +281,7 @@ def _backward_launches(
     block_e = min(128, chunk(width))
     back = Launch(
         _grad_mean_kernel,
-        (row_tiles, batch, triton.cdiv(width, block_e)),
+        (row_tiles * batch, triton.cdiv(width, block_e), 1),
         (positions, channels, width, *spatial, *grad.strides),
         {
             "BLOCK_P": tiles.rows, "BLOCK_C": tiles.columns, "BLOCK_E": block_e, "FLAT": grad.flat,
@@ -291,7 +292,7 @@ def _backward_launches(
     )  # fmt: skip
     spread = Launch(
         _input_gradient_kernel,
-        (row_tiles, batch, triton.cdiv(channels, 64)),
+        (row_tiles * batch, triton.cdiv(channels, 64), 1),
         (positions, keys, channels, depth, width, *geometry.spatial, *geometry.pooled, *grad.strides, *gx_strides),
         {
             **shared, "BLOCK_P": tiles.rows, "BLOCK_C": 64, "BLOCK_K": tiles.columns, "RESIDUAL": residual,
@@ -351,11 +352,13 @@ def _project_kernel(x, theta, phi, g, theta_bias, phi_bias, g_bias, query, key, 
                     x_t, x_h, x_w, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
                     POOL_T: tl.constexpr, POOL_H: tl.constexpr, POOL_W: tl.constexpr, FLAT: tl.constexpr,
                     HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr):
-    pid = tl.program_id(0)
-    sample = tl.program_id(1).to(tl.int64)
     depth_tiles = tl.cdiv(depth, BLOCK_O)
+    width_tiles = tl.cdiv(width, BLOCK_O)
     query_programs = tl.cdiv(positions, BLOCK_P) * depth_tiles
     key_tiles = tl.cdiv(keys, BLOCK_P)
+    programs = query_programs + key_tiles * (depth_tiles + width_tiles)
+    sample = (tl.program_id(0) // programs).to(tl.int64)
+    pid = tl.program_id(0) % programs
     x += sample * x_b
     if pid < query_programs:
         _project(x, theta, theta_bias, query + sample * positions * depth, key_choice,
@@ -371,7 +374,6 @@ def _project_kernel(x, theta, phi, g, theta_bias, phi_bias, g_bias, query, key, 
                  FLAT, HAS_BIAS, SAVE, PRECISION)
     else:
         pid -= query_programs + key_tiles * depth_tiles
-        width_tiles = tl.cdiv(width, BLOCK_O)
         _project(x, g, g_bias, value + sample * keys * width,
                  value_choice + sample * keys * width if SAVE else value_choice,
                  pid // width_tiles * BLOCK_P, pid % width_tiles * BLOCK_O, channels, width, keys, height, columns,
@@ -425,8 +427,7 @@ def _attention_kernel(query, key, value, weight, bias, x, z, mean_out, lse, posi
                       EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, FLAT: tl.constexpr, Z_FLAT: tl.constexpr,
                       HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
                       PRECISION: tl.constexpr):
-    sample = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sample, row = place(positions, BLOCK_N)
     output = tl.arange(0, BLOCK_E)
     mean, log_sum = attend(query + sample * positions * depth, key + sample * keys * depth,
                            value + sample * keys * width, row, output, positions, keys, depth, width, 1, depth, 1,
@@ -455,9 +456,8 @@ def _attention_kernel(query, key, value, weight, bias, x, z, mean_out, lse, posi
 def _grad_mean_kernel(grad_z, weight, grad_mean, positions, channels, width, height, columns, grad_b, grad_c, grad_t,
                       grad_h, grad_w, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
                       FLAT: tl.constexpr, PRECISION: tl.constexpr):
-    sample = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    output = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
+    sample, row = place(positions, BLOCK_P)
+    output = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     where = grad_z + sample * grad_b + offset(row, height, columns, grad_t, grad_h, grad_w, FLAT)
     product = tl.zeros([BLOCK_P, BLOCK_E], tl.float32)
     for start in range(0, channels, BLOCK_C):
@@ -498,9 +498,8 @@ def _input_gradient_kernel(grad_z, gquery, gkey, gvalue, key_choice, value_choic
                            PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
                            RESIDUAL: tl.constexpr, FLAT: tl.constexpr, X_FLAT: tl.constexpr):
     POOLED: tl.constexpr = POOL_T * POOL_H * POOL_W > 1
-    sample = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sample, row = place(positions, BLOCK_P)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (row[:, None] < positions) & (channel[None, :] < channels)
     gquery += sample * positions * depth
     gkey += sample * keys * depth

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from rlnas_fast.ops.nonlocal_attention.cuda import like_queries
 from rlnas_fast.ops.triton_launch import Launch, current_stream, dot_precision
 
 __all__ = ["Tiles", "attention_backward", "attention_forward", "unavailable_reason"]
@@ -98,14 +99,6 @@ def attention_backward(
     return gtheta, gphi, gg
 
 
-def like_queries(theta: torch.Tensor, width: int) -> torch.Tensor:
-    """Allocates [B, width, N] with channels innermost if theta's are, else positions innermost."""
-    batch, _, queries = theta.shape
-    if theta.stride(1) == 1 and theta.stride(2) != 1:
-        return theta.new_empty((batch, queries, width)).transpose(1, 2)
-    return theta.new_empty((batch, width, queries))
-
-
 class _Layout(NamedTuple):
     shape: tuple[int, int, int]
     strides: tuple[int, int, int]
@@ -149,7 +142,7 @@ def query_tiles(depth: int, width: int, dtype: torch.dtype) -> Tiles:
     channels = max(chunk(depth), chunk(width))
     if dtype is torch.float32:
         return Tiles(32, 32, 4, 1) if channels <= 128 else Tiles(32, 16, 8, 1)
-    return {256: Tiles(64, 32, 8, 1), 128: Tiles(64, 64, 4, 2)}.get(channels, Tiles(64, 64, 4, 3))
+    return {256: Tiles(64, 32, 8, 2), 128: Tiles(64, 64, 4, 2)}.get(channels, Tiles(64, 64, 4, 3))
 
 
 def key_tiles(depth: int, width: int, dtype: torch.dtype) -> Tiles:
@@ -157,7 +150,7 @@ def key_tiles(depth: int, width: int, dtype: torch.dtype) -> Tiles:
     channels = max(chunk(depth), chunk(width))
     if dtype is torch.float32:
         return Tiles(32, 32, 4, 1) if channels <= 128 else Tiles(32, 16, 8, 1)
-    return {256: Tiles(64, 32, 8, 1), 128: Tiles(64, 64, 8, 2)}.get(channels, Tiles(64, 64, 4, 3))
+    return {256: Tiles(64, 16, 8, 2), 128: Tiles(64, 64, 8, 2)}.get(channels, Tiles(64, 64, 4, 3))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,7 +169,7 @@ def _forward_launch(
     constants = _channel_constants(depth, width, precision)
     return Launch(
         _forward_kernel,
-        (triton.cdiv(queries, tiles.rows), batch, constants["E_CHUNKS"]),
+        (triton.cdiv(queries, tiles.rows) * batch, constants["E_CHUNKS"], 1),
         (queries, keys, depth, width, *theta.strides, *phi.strides, *g.strides, *y.strides),
         {"BLOCK_N": tiles.rows, "BLOCK_M": tiles.columns, **constants},
         warps=tiles.warps,
@@ -203,7 +196,7 @@ def _query_launch(
     strides = (layout.strides for layout in (theta, phi, g, grad_y, y, gtheta))
     return Launch(
         _query_gradient_kernel,
-        (triton.cdiv(queries, tiles.rows), batch, constants["D_CHUNKS"]),
+        (triton.cdiv(queries, tiles.rows) * batch, constants["D_CHUNKS"], 1),
         (queries, keys, depth, width, *(stride for triple in strides for stride in triple)),
         {"BLOCK_N": tiles.rows, "BLOCK_M": tiles.columns, **constants},
         warps=tiles.warps,
@@ -230,12 +223,20 @@ def _key_launch(
     strides = (layout.strides for layout in (theta, phi, g, grad_y, gphi, gg))
     return Launch(
         _key_gradient_kernel,
-        (triton.cdiv(keys, tiles.rows), batch, max(constants["D_CHUNKS"], constants["E_CHUNKS"])),
+        (triton.cdiv(keys, tiles.rows) * batch, max(constants["D_CHUNKS"], constants["E_CHUNKS"]), 1),
         (queries, keys, depth, width, *(stride for triple in strides for stride in triple)),
         {"BLOCK_N": tiles.columns, "BLOCK_M": tiles.rows, **constants},
         warps=tiles.warps,
         stages=tiles.stages,
     )
+
+
+@triton.jit
+def place(count, BLOCK: tl.constexpr):
+    """Returns a program's sample and rows; tiles of one sample are neighbours, which share its keys in L2."""
+    tiles = tl.cdiv(count, BLOCK)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    return sample, tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -328,15 +329,14 @@ def _forward_kernel(theta, phi, g, y, lse, queries, keys, depth, width, theta_b,
                     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, D_CHUNKS: tl.constexpr,
                     E_CHUNKS: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
                     PRECISION: tl.constexpr):
-    sample = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    outputs = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
+    sample, rows = place(queries, BLOCK_N)
+    outputs = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     mean, log_sum = attend(theta + sample * theta_b, phi + sample * phi_b, g + sample * g_b, rows, outputs,
                            queries, keys, depth, width, theta_d, theta_n, phi_d, phi_m, g_e, g_m, BLOCK_N,
                            BLOCK_M, BLOCK_D, BLOCK_E, D_CHUNKS, EVEN_D, EVEN_E, PRECISION)
     tl.store(tile_pointers(y + sample * y_b, rows, outputs, y_n, y_e), mean.to(y.dtype.element_ty),
              (rows[:, None] < queries) & (outputs[None, :] < width))
-    if tl.program_id(2) == 0:
+    if tl.program_id(1) == 0:
         tl.store(lse + sample * queries + rows, log_sum, rows < queries)
 
 
@@ -373,8 +373,7 @@ def _query_gradient_kernel(theta, phi, g, grad_y, y, lse, delta_out, gtheta, que
                            BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, D_CHUNKS: tl.constexpr,
                            E_CHUNKS: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
                            PRECISION: tl.constexpr):
-    sample = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sample, rows = place(queries, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
     outputs = tl.arange(0, BLOCK_E)
     theta += sample * theta_b
@@ -395,9 +394,9 @@ def _query_gradient_kernel(theta, phi, g, grad_y, y, lse, delta_out, gtheta, que
         mean = load_tile(tile_pointers(y, rows, others, y_n, y_e), rows, others, queries, width, True, not EVEN_E)
         delta += tl.sum(more.to(tl.float32) * mean.to(tl.float32), 1)
     log_sum = tl.load(lse + sample * queries + rows, rows < queries, other=0.0)
-    if tl.program_id(2) == 0:
+    if tl.program_id(1) == 0:
         tl.store(delta_out + sample * queries + rows, delta, rows < queries)
-    within = tl.program_id(2) * BLOCK_D + channels
+    within = tl.program_id(1) * BLOCK_D + channels
     gradient = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     full = keys // BLOCK_M * BLOCK_M
     for start in range(0, full, BLOCK_M):
@@ -421,12 +420,11 @@ def _key_gradient_kernel(theta, phi, g, grad_y, lse, delta, gphi, gg, queries, k
                          BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, D_CHUNKS: tl.constexpr,
                          E_CHUNKS: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
                          PRECISION: tl.constexpr):
-    sample = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sample, rows = place(keys, BLOCK_M)
     channels = tl.arange(0, BLOCK_D)
     outputs = tl.arange(0, BLOCK_E)
-    within_d = tl.program_id(2) * BLOCK_D + channels
-    within_e = tl.program_id(2) * BLOCK_E + outputs
+    within_d = tl.program_id(1) * BLOCK_D + channels
+    within_e = tl.program_id(1) * BLOCK_E + outputs
     theta += sample * theta_b
     phi += sample * phi_b
     g += sample * g_b
