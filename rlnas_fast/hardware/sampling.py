@@ -92,6 +92,15 @@ def sample(
     return Samples(np.array(measured))
 
 
+def unsteady(samples: Samples, agreement: float) -> tuple[str, ...]:
+    """Says so if the samples do not agree with each other."""
+    if samples.spread > agreement:
+        return (f"unsteady: the median is known to within {samples.spread:.0%} only",)
+    if abs(samples.drift) > agreement:
+        return (f"unsteady: drifted by {samples.drift:+.0%} while it was measured",)
+    return ()
+
+
 def _warm_up(timed: Callable[[], float], most_seconds: float, clock: Callable[[], float]) -> None:
     started = clock()
     timed()

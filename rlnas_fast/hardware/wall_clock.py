@@ -10,7 +10,7 @@ from typing import Any
 
 from ..search.trial import Cost
 from .exclusion import measuring
-from .sampling import sample
+from .sampling import sample, unsteady
 
 SPREAD = 0.025
 AGREEMENT = 0.05
@@ -58,10 +58,7 @@ class WallClockMeter:
                 clock=self._clock,
             )
             caveats = load.caveats()
-        if samples.spread > AGREEMENT:
-            caveats += (f"unsteady: the median is known to within {samples.spread:.0%} only",)
-        elif abs(samples.drift) > AGREEMENT:
-            caveats += (f"unsteady: drifted by {samples.drift:+.0%} while it was measured",)
+        caveats += unsteady(samples, AGREEMENT)
         return Cost(
             latency_s=samples.median_s,
             latency_low_s=samples.percentile_s(10),

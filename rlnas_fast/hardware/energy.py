@@ -1,0 +1,323 @@
+"""Joules a call: the board's counter between two of its ticks, less what the board draws when idle."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import MeterError
+from .nvml import Board, BoardState, NotSupported
+
+LEAST_TICKS = 50
+STILL_SECONDS = 3.0
+STATE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What calls cost in energy.  Unknown is None, with its ``reason``.
+
+    Attributes:
+        energy_j: joules a call above idle.
+        energy_low_j, energy_high_j: 95 % interval, from parts of the window.
+        power_w: mean power of the board while the calls ran.
+        idle_power_w: power of the board just before, with nothing running.
+        window_s: seconds between the ticks at both ends.
+        ticks: of the energy counter within the window; None where power was integrated.
+        calls: made within the window.
+        reason: why ``energy_j`` is None.
+        caveats: what makes the figure less than it seems.
+    """
+
+    energy_j: float | None = None
+    energy_low_j: float | None = None
+    energy_high_j: float | None = None
+    power_w: float | None = None
+    idle_power_w: float | None = None
+    window_s: float | None = None
+    ticks: int | None = None
+    calls: int = 0
+    reason: str | None = None
+    caveats: tuple[str, ...] = ()
+
+
+def measure_energy(
+    board: Board,
+    call: Callable[[], Any],
+    synchronize: Callable[[], Any],
+    *,
+    seconds: float = 2.0,
+    most_seconds: float = 30.0,
+) -> Energy:
+    """Repeats ``call`` over a window of the board's energy counter.
+
+    The counter stands still between ticks, so the window starts and ends on a tick, and holds at least
+    50 of them.  A window that cannot is flagged.  Where the counter is missing, momentary power is
+    integrated, which the caveats say.  A counter reset, MIG, another process on the GPU, a throttle
+    event, a memory error or a lost GPU leaves the energy unknown, with the reason.
+
+    Args:
+        board: the GPU that ``call`` runs on.
+        call: the work; may return before it is done.
+        synchronize: returns when all calls are done.
+        seconds: least length of the window.
+        most_seconds: longest window, whatever the ticks.
+    Source: "Part-time Power Measurements", Yang et al. (2023), on what the counters of boards do.
+    """
+    try:
+        before = _Watch(board)
+        try:
+            clock = _Counter(board)
+            idle = clock.idle_window()
+        except NotSupported:
+            return _integrated(board, before, call, synchronize, seconds)
+        return _counted(board, before, clock, idle, call, synchronize, seconds, most_seconds)
+    except MeterError as error:
+        return Energy(reason=str(error))
+
+
+class Spoiled(MeterError):
+    """Something happened within the window that no figure survives."""
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """The counter right after one of its ticks."""
+
+    time_s: float
+    energy_mj: int
+    calls: int
+
+
+@dataclass(frozen=True)
+class _Idle:
+    power_w: float
+    tick_s: float
+
+
+class _Counter:
+    """The energy counter, read until it ticks."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._last_mj = board.energy_mj()
+
+    def ticked(self, calls: int) -> _Mark | None:
+        """The counter if it has ticked since it was read last."""
+        energy_mj = self._board.energy_mj()
+        if energy_mj < self._last_mj:
+            raise Spoiled(f"the energy counter was reset: {self._last_mj} mJ, then {energy_mj} mJ")
+        if energy_mj == self._last_mj:
+            return None
+        self._last_mj = energy_mj
+        return _Mark(self._board.now(), energy_mj, calls)
+
+    def idle_window(self, seconds: float = 0.3, ticks: int = 5) -> _Idle:
+        """Power of an idle board, and seconds between two ticks."""
+        first = last = self._next_tick()
+        seen = 0
+        while seen < ticks or last.time_s - first.time_s < seconds:
+            last = self._next_tick()
+            seen += 1
+        elapsed = last.time_s - first.time_s
+        return _Idle((last.energy_mj - first.energy_mj) / 1e3 / elapsed, elapsed / seen)
+
+    def _next_tick(self) -> _Mark:
+        started = self._board.now()
+        while self._board.now() - started < STILL_SECONDS:
+            mark = self.ticked(0)
+            if mark is not None:
+                return mark
+            self._board.wait(0.0005)
+        raise Spoiled(f"the energy counter stood still for {STILL_SECONDS:g} s")
+
+
+class _Watch:
+    """Looks for what spoils a figure, from its start on."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        shared = board.shared()
+        if shared:
+            raise Spoiled(shared)
+        self._first = self._look()
+        self._clocks = [self._first.clock_mhz or 0]
+        self._looked_at = board.now()
+
+    def look(self) -> None:
+        """Raises Spoiled if something has happened; asks the board every 50 ms at most."""
+        if self._board.now() - self._looked_at < STATE_SECONDS:
+            return
+        self._clocks.append(self._look().clock_mhz or 0)
+        self._looked_at = self._board.now()
+
+    def started(self) -> None:
+        """The calls run: clocks from here on count."""
+        self._clocks = []
+
+    def caveats(self) -> tuple[str, ...]:
+        self._clocks.append(self._look().clock_mhz or 0)
+        low, high = min(self._clocks), max(self._clocks)
+        return (f"the clock moved between {low} and {high} MHz",) if low < 0.95 * high else ()
+
+    def _look(self) -> BoardState:
+        state = self._board.state()
+        if state.throttled:
+            raise Spoiled(f"the clocks are held down: {', '.join(state.throttled)}")
+        if state.foreign:
+            raise Spoiled(f"another process uses the GPU: {', '.join(map(str, state.foreign))}")
+        first = getattr(self, "_first", state)
+        if state.ecc_errors != first.ecc_errors:
+            raise Spoiled(f"uncorrected memory errors: {first.ecc_errors}, then {state.ecc_errors}")
+        return state
+
+
+def _counted(
+    board: Board,
+    watch: _Watch,
+    counter: _Counter,
+    idle: _Idle,
+    call: Callable[[], Any],
+    synchronize: Callable[[], Any],
+    seconds: float,
+    most_seconds: float,
+) -> Energy:
+    batch = _batch(board, call, synchronize, idle.tick_s / 5)
+    wanted_s = max(seconds, (LEAST_TICKS + 1) * idle.tick_s)
+    marks: list[_Mark] = []
+    calls = 0
+    started = board.now()
+    while True:
+        for _ in range(batch):
+            call()
+        synchronize()
+        calls += batch
+        mark = counter.ticked(calls)
+        now = board.now()
+        watch.look()
+        if now - started > most_seconds + 3 * idle.tick_s:
+            break
+        if mark is None or now - started < min(0.2, seconds / 4):  # the board's power rises first
+            continue
+        if not marks:
+            watch.started()
+        marks.append(mark)
+        if mark.time_s - marks[0].time_s >= wanted_s:
+            break
+    caveats = watch.caveats()
+    if len(marks) < 2:
+        raise Spoiled(f"the energy counter did not tick within {most_seconds:g} s")
+    window_s = marks[-1].time_s - marks[0].time_s
+    ticks = round(window_s / idle.tick_s)
+    if ticks < LEAST_TICKS:
+        caveats += (
+            f"energy window of {ticks} ticks, {LEAST_TICKS} are needed: off by up to {1 / ticks:.0%}",
+        )
+    gross_j = (marks[-1].energy_mj - marks[0].energy_mj) / 1e3
+    parts = [_joules_a_call(a, b, idle.power_w) for a, b in _parts(marks)]
+    return _result(
+        energy_j=_joules_a_call(marks[0], marks[-1], idle.power_w),
+        parts=parts,
+        base=Energy(
+            power_w=gross_j / window_s,
+            idle_power_w=idle.power_w,
+            window_s=window_s,
+            ticks=ticks,
+            calls=marks[-1].calls - marks[0].calls,
+            caveats=caveats,
+        ),
+    )
+
+
+def _integrated(
+    board: Board, watch: _Watch, call: Callable[[], Any], synchronize: Callable[[], Any], seconds: float
+) -> Energy:
+    """Without a counter: power, read often, over time."""
+    idle: list[float] = []
+    started = board.now()
+    while board.now() - started < 0.5:
+        idle.append(board.power_mw() / 1e3)
+        board.wait(0.005)
+    idle_w = statistics.fmean(idle)
+    averaged = board.averaged_power()
+    caveats: tuple[str, ...] = ("energy from integrated power, for want of a counter",)
+    if averaged:
+        caveats += ("power is averaged over about a second on this board",)
+    batch = _batch(board, call, synchronize, 0.005)
+    _repeat(board, call, synchronize, batch, 1.0 if averaged else 0.2)
+    watch.started()
+    marks = [_Mark(board.now(), 0, 0)]
+    calls, joules, power_w = 0, 0.0, board.power_mw() / 1e3
+    while marks[-1].time_s - marks[0].time_s < seconds:
+        for _ in range(batch):
+            call()
+        calls += batch
+        # Read while the calls run: after them the board is already idle.
+        now_w = board.power_mw() / 1e3
+        synchronize()
+        watch.look()
+        now = board.now()
+        joules += (now_w + power_w) / 2 * (now - marks[-1].time_s)
+        power_w = now_w
+        marks.append(_Mark(now, round(joules * 1e3), calls))
+    window_s = marks[-1].time_s - marks[0].time_s
+    return _result(
+        energy_j=_joules_a_call(marks[0], marks[-1], idle_w),
+        parts=[_joules_a_call(a, b, idle_w) for a, b in _parts(marks)],
+        base=Energy(
+            power_w=joules / window_s,
+            idle_power_w=idle_w,
+            window_s=window_s,
+            calls=calls,
+            caveats=caveats + watch.caveats(),
+        ),
+    )
+
+
+def _result(energy_j: float, parts: list[float], base: Energy) -> Energy:
+    if energy_j <= 0:
+        return replace(base, reason=f"the calls draw no more than the idle board: {base.power_w:.1f} W")
+    half = 2 * statistics.stdev(parts) / math.sqrt(len(parts)) if len(parts) > 1 else math.nan
+    if math.isnan(half):
+        return replace(base, energy_j=energy_j)
+    return replace(base, energy_j=energy_j, energy_low_j=energy_j - half, energy_high_j=energy_j + half)
+
+
+def _joules_a_call(first: _Mark, last: _Mark, idle_w: float) -> float:
+    joules = (last.energy_mj - first.energy_mj) / 1e3 - idle_w * (last.time_s - first.time_s)
+    return joules / (last.calls - first.calls)
+
+
+def _parts(marks: list[_Mark], most: int = 10) -> list[tuple[_Mark, _Mark]]:
+    """The window in up to ten parts of equal numbers of marks."""
+    count = min(most, len(marks) - 1)
+    bounds = [marks[round(i * (len(marks) - 1) / count)] for i in range(count + 1)]
+    return [(a, b) for a, b in itertools.pairwise(bounds) if b.calls > a.calls]
+
+
+def _batch(board: Board, call: Callable[[], Any], synchronize: Callable[[], Any], seconds: float) -> int:
+    """How many calls take about ``seconds``; at least one."""
+    batch = 1
+    while True:
+        started = board.now()
+        for _ in range(batch):
+            call()
+        synchronize()
+        elapsed = board.now() - started
+        if elapsed >= seconds / 2:
+            return max(1, round(batch * seconds / elapsed))
+        batch *= 2
+
+
+def _repeat(
+    board: Board, call: Callable[[], Any], synchronize: Callable[[], Any], batch: int, seconds: float
+) -> None:
+    started = board.now()
+    while board.now() - started < seconds:
+        for _ in range(batch):
+            call()
+        synchronize()
