@@ -90,7 +90,8 @@ class _Mark:
 
     time_s: float
     energy_mj: int
-    calls: int
+    calls: int = 0
+    busy_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,30 +107,32 @@ class _Counter:
         self._board = board
         self._last_mj = board.energy_mj()
 
-    def ticked(self, calls: int) -> _Mark | None:
-        """The counter if it has ticked since it was read last."""
+    def ticked(self, calls: int = 0, busy_s: float = 0.0) -> _Mark | None:
+        """The counter if it has ticked since it was read last, with what was done until now."""
         energy_mj = self._board.energy_mj()
         if energy_mj < self._last_mj:
             raise Spoiled(f"the energy counter was reset: {self._last_mj} mJ, then {energy_mj} mJ")
         if energy_mj == self._last_mj:
             return None
         self._last_mj = energy_mj
-        return _Mark(self._board.now(), energy_mj, calls)
+        return _Mark(self._board.now(), energy_mj, calls, busy_s)
 
     def idle_window(self, seconds: float = 0.3, ticks: int = 5) -> _Idle:
         """Power of an idle board, and seconds between two ticks."""
-        first = last = self._next_tick()
+        first = last = self.next_tick()
         seen = 0
         while seen < ticks or last.time_s - first.time_s < seconds:
-            last = self._next_tick()
+            last = self.next_tick()
             seen += 1
         elapsed = last.time_s - first.time_s
         return _Idle((last.energy_mj - first.energy_mj) / 1e3 / elapsed, elapsed / seen)
 
-    def _next_tick(self) -> _Mark:
+    def next_tick(self, calls: int = 0, busy_s: float = 0.0) -> _Mark:
+        """Waits for the counter to tick."""
+        self.ticked()  # what it has done until now is of no use: when was that?
         started = self._board.now()
         while self._board.now() - started < STILL_SECONDS:
-            mark = self.ticked(0)
+            mark = self.ticked(calls, busy_s)
             if mark is not None:
                 return mark
             self._board.wait(0.0005)
@@ -186,22 +189,30 @@ def _counted(
     seconds: float,
     most_seconds: float,
 ) -> Energy:
-    batch = _batch(board, call, synchronize, idle.tick_s / 5)
+    batch, batch_s = _batch(board, call, synchronize, idle.tick_s / 5)
     wanted_s = max(seconds, (LEAST_TICKS + 1) * idle.tick_s)
+    # A tick is seen at the end of a batch.  Where one call is too long for that, the board waits for it.
+    waits = batch_s > idle.tick_s / 2
     marks: list[_Mark] = []
-    calls = 0
+    calls, busy_s = 0, 0.0
     started = board.now()
     while True:
+        begun = board.now()
         for _ in range(batch):
             call()
         synchronize()
         calls += batch
-        mark = counter.ticked(calls)
         now = board.now()
+        busy_s += now - begun
         watch.look()
         if now - started > most_seconds + 3 * idle.tick_s:
             break
-        if mark is None or now - started < min(0.2, seconds / 4):  # the board's power rises first
+        mark = None if waits else counter.ticked(calls, busy_s)
+        if now - started < min(0.2, seconds / 4):  # the board's power rises first
+            continue
+        if waits and (not marks or now - marks[-1].time_s >= wanted_s / 5):
+            mark = counter.next_tick(calls, busy_s)
+        if mark is None:
             continue
         if not marks:
             watch.started()
@@ -217,17 +228,18 @@ def _counted(
         caveats += (
             f"energy window of {ticks} ticks, {LEAST_TICKS} are needed: off by up to {1 / ticks:.0%}",
         )
-    gross_j = (marks[-1].energy_mj - marks[0].energy_mj) / 1e3
+    energy_j = _joules_a_call(marks[0], marks[-1], idle.power_w)
+    calls = marks[-1].calls - marks[0].calls
     parts = [_joules_a_call(a, b, idle.power_w) for a, b in _parts(marks)]
     return _result(
-        energy_j=_joules_a_call(marks[0], marks[-1], idle.power_w),
+        energy_j=energy_j,
         parts=parts,
         base=Energy(
-            power_w=gross_j / window_s,
+            power_w=idle.power_w + energy_j * calls / (marks[-1].busy_s - marks[0].busy_s),
             idle_power_w=idle.power_w,
             window_s=window_s,
             ticks=ticks,
-            calls=marks[-1].calls - marks[0].calls,
+            calls=calls,
             caveats=caveats,
         ),
     )
@@ -247,10 +259,10 @@ def _integrated(
     caveats: tuple[str, ...] = ("energy from integrated power, for want of a counter",)
     if averaged:
         caveats += ("power is averaged over about a second on this board",)
-    batch = _batch(board, call, synchronize, 0.005)
+    batch, _ = _batch(board, call, synchronize, 0.005)
     _repeat(board, call, synchronize, batch, 1.0 if averaged else 0.2)
     watch.started()
-    marks = [_Mark(board.now(), 0, 0)]
+    marks = [_Mark(board.now(), 0)]
     calls, joules, power_w = 0, 0.0, board.power_mw() / 1e3
     while marks[-1].time_s - marks[0].time_s < seconds:
         for _ in range(batch):
@@ -299,8 +311,10 @@ def _parts(marks: list[_Mark], most: int = 10) -> list[tuple[_Mark, _Mark]]:
     return [(a, b) for a, b in itertools.pairwise(bounds) if b.calls > a.calls]
 
 
-def _batch(board: Board, call: Callable[[], Any], synchronize: Callable[[], Any], seconds: float) -> int:
-    """How many calls take about ``seconds``; at least one."""
+def _batch(
+    board: Board, call: Callable[[], Any], synchronize: Callable[[], Any], seconds: float
+) -> tuple[int, float]:
+    """(how many calls take about ``seconds``, at least one; how long they take)."""
     batch = 1
     while True:
         started = board.now()
@@ -309,7 +323,8 @@ def _batch(board: Board, call: Callable[[], Any], synchronize: Callable[[], Any]
         synchronize()
         elapsed = board.now() - started
         if elapsed >= seconds / 2:
-            return max(1, round(batch * seconds / elapsed))
+            wanted = max(1, round(batch * seconds / elapsed))
+            return wanted, elapsed * wanted / batch
         batch *= 2
 
 
