@@ -98,10 +98,9 @@ BLOCKS = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-def test_block_is_as_exact_as_plain_pytorch(dtype: torch.dtype, number: int, bias: bool) -> None:
+def test_block_is_as_exact_as_plain_pytorch(dtype: torch.dtype, number: int) -> None:
     shape, inner, pool, layout = BLOCKS[number]
-    residual = number % 2 == 0
+    residual, bias = number % 2 == 0, number % 3 != 2
     x = cases.laid_out(shape, layout, dtype, "cuda")
     weights = cases.projections(shape[1], inner, inner, bias, dtype, "cuda")
     if not triton_block.supports(x, weights):
