@@ -1,2 +1,426 @@
-// Non-local attention, compiled once an instruction set.
-namespace rlnas::RLNAS_ISA {}
+// Non-local attention and the whole non-local block, compiled once an instruction set.
+//
+// One parallel region a call.  With enough images a thread takes whole images, whose projections then stay in its
+// cache; otherwise the team shares the tiles of one image after another, so that a batch of one is parallel too.
+#include "cpu/nonlocal_core.h"
+
+#include <omp.h>
+
+#include <vector>
+
+namespace rlnas::RLNAS_ISA {
+namespace {
+
+constexpr int64_t kRowBlock = 128;  // positions whose rows stay in the second-level cache through a product
+
+// A loop over tasks: alone, or shared by the team, which then meets at its end.
+template <class F>
+void share(bool team, int64_t count, F task) {
+  if (!team) {
+    for (int64_t i = 0; i < count; i++) task(i);
+    return;
+  }
+#pragma omp for schedule(runtime)
+  for (int64_t i = 0; i < count; i++) task(i);
+}
+
+// Runs task(image, team) for every image.  Static schedules make sums over threads reproducible.
+template <class F>
+void over_images(int64_t batch, int threads, bool deterministic, F task) {
+  const bool team = threads > 1 && batch % threads != 0 && batch < 4 * threads;
+  omp_sched_t kind;
+  int chunk;
+  omp_get_schedule(&kind, &chunk);
+  omp_set_schedule(deterministic ? omp_sched_static : omp_sched_dynamic, 1);
+#pragma omp parallel num_threads(threads)
+  {
+    if (team)
+      for (int64_t b = 0; b < batch; b++) task(b, true);
+    else
+      share(true, batch, [&](int64_t b) { task(b, false); });
+  }
+  omp_set_schedule(kind, chunk);
+}
+
+int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+struct Range {
+  int64_t first, last;
+  Range(int64_t block, int64_t size, int64_t count) : first(block * size), last(std::min(first + size, count)) {}
+  int64_t count() const { return last - first; }
+};
+
+// Sums the columns of rows [count] onto total, in parts: see kChain.
+void add_columns(Rows rows, int64_t count, int64_t columns, float* total) {
+  for (int64_t c = 0; c < columns; c += kWidth) {
+    const int64_t some = std::min<int64_t>(kWidth, columns - c);
+    Vec sum = load_some(total + c, some);
+    for (int64_t n = 0; n < count;) {
+      Vec part = {};
+      for (const int64_t end = std::min(count, n + 16); n < end; n++) part += load_some(rows.at(n) + c, some);
+      sum += part;
+    }
+    store_some(total + c, sum, some);
+  }
+}
+
+void add_bias(Rows rows, int64_t count, int64_t columns, const float* bias) {
+  for (int64_t n = 0; n < count; n++)
+    for (int64_t c = 0; c < columns; c++) rows.at(n)[c] += bias[c];
+}
+
+// A dense matrix [rows][columns] of any dtype as float32.
+void to_float(DType dtype, const void* from, int64_t count, float* to) {
+  with_dtype(dtype, [&](auto type) {
+    using D = decltype(type);
+    const auto* typed = static_cast<const typename D::Stored*>(from);
+    for (int64_t i = 0; i < count; i++) to[i] = typed ? D::read(typed[i]) : 0.0f;
+  });
+}
+
+// Panels of a right operand [depth][columns] or, transposed, of [columns][depth].
+Right packed(const float* from, int64_t depth, int64_t columns, bool transposed, std::vector<float>& buffer) {
+  const int64_t stride = kPanel * depth;
+  buffer.assign(blocks_of(columns, kPanel) * stride, 0.0f);
+  for (int64_t n = 0; n < columns; n += kPanel) {
+    const int64_t some = std::min<int64_t>(kPanel, columns - n);
+    float* panel = buffer.data() + n / kPanel * stride;
+    if (transposed)
+      transpose(from + n * depth, depth, some, depth, panel, kPanel);
+    else
+      for (int64_t k = 0; k < depth; k++)
+        std::memcpy(panel + k * kPanel, from + k * columns + n, sizeof(float) * some);
+  }
+  return {buffer.data(), kPanel, stride};
+}
+
+// The block's sizes, and its weights in float32: projection [L][C] of theta, phi and g in turn, and out [C][E].
+struct Block {
+  const BlockShape& shape;
+  int64_t C, D, E, L, N, M, pooled[3];
+  bool has_bias;
+  std::vector<float> projection, bias, out, out_bias;
+
+  Block(const BlockShape& s, const BlockWeights& w)
+      : shape(s), C(s.channels), D(s.inner), E(s.value), L(2 * D + E), N(1), M(1), has_bias(w.theta_bias != nullptr) {
+    for (int i = 0; i < 3; i++) {
+      pooled[i] = s.space[i] / s.pool[i];
+      N *= s.space[i];
+      M *= pooled[i];
+    }
+    projection.resize(L * C);
+    bias.resize(L);
+    out.resize(C * E);
+    out_bias.resize(C);
+    to_float(w.dtype, w.theta, D * C, projection.data());
+    to_float(w.dtype, w.phi, D * C, projection.data() + D * C);
+    to_float(w.dtype, w.g, E * C, projection.data() + 2 * D * C);
+    to_float(w.dtype, w.theta_bias, D, bias.data());
+    to_float(w.dtype, w.phi_bias, D, bias.data() + D);
+    to_float(w.dtype, w.g_bias, E, bias.data() + 2 * D);
+    to_float(w.dtype, w.out, C * E, out.data());
+    to_float(w.dtype, w.out_bias, C, out_bias.data());
+  }
+
+  bool pools() const { return M != N; }
+
+  // Position of element `place` of the window of pooled key m.
+  int64_t position(int64_t m, int64_t place) const {
+    const auto &p = shape.pool, &s = shape.space;
+    const int64_t w = m % pooled[2] * p[2] + place % p[2];
+    const int64_t h = m / pooled[2] % pooled[1] * p[1] + place / p[2] % p[1];
+    const int64_t t = m / pooled[2] / pooled[1] * p[0] + place / p[2] / p[1];
+    return (t * s[1] + h) * s[2] + w;
+  }
+  int64_t window() const { return shape.pool[0] * shape.pool[1] * shape.pool[2]; }
+
+  // Pooled phi and g of keys [first, last) and where in the window each came from; the first of equals, NaN wins.
+  void pool_keys(Range keys, const float* rows, float* to, uint8_t* winners) const {
+    const int64_t width = D + E;
+    for (int64_t m = keys.first; m < keys.last; m++) {
+      float* best = to + m * width;
+      uint8_t* winner = winners + m * width;
+      std::memcpy(best, rows + position(m, 0) * L + D, sizeof(float) * width);
+      std::memset(winner, 0, width);
+      for (int64_t place = 1; place < window(); place++) {
+        const float* from = rows + position(m, place) * L + D;
+        for (int64_t c = 0; c < width; c++) {
+          const bool wins = from[c] > best[c] || from[c] != from[c];
+          best[c] = wins ? from[c] : best[c];
+          winner[c] = wins ? static_cast<uint8_t>(place) : winner[c];
+        }
+      }
+    }
+  }
+
+  KeyValue keys_of(float* rows, float* pooled_rows) const {
+    return pools() ? KeyValue{{pooled_rows, D + E}, {pooled_rows + D, D + E}, M}
+                   : KeyValue{{rows + D, L}, {rows + 2 * D, L}, N};
+  }
+};
+
+// Gradients of the weights: one sum a thread, added up in the order of the threads.
+class WeightSums {
+ public:
+  WeightSums(const Block& block, int threads) : k_(block), parts_(threads, std::vector<float>(size(), 0.0f)) {}
+
+  void add(int thread, int64_t count, Rows x, Rows grad_z, Rows attention, Rows grads) {
+    float *projection = parts_[thread].data(), *out = projection + k_.L * k_.C, *bias = out + k_.C * k_.E;
+    gemm<Order::depth_major>(k_.L, k_.C, count, {grads.data, grads.ld}, {x.data, x.ld},
+                             {projection, k_.C, projection, k_.C});
+    gemm<Order::depth_major>(k_.C, k_.E, count, {grad_z.data, grad_z.ld}, {attention.data, attention.ld},
+                             {out, k_.E, out, k_.E});
+    if (!k_.has_bias) return;
+    add_columns(grads, count, k_.L, bias);
+    add_columns(grad_z, count, k_.C, bias + k_.L);
+  }
+
+  void store(const BlockGradients& to) {
+    for (size_t part = 1; part < parts_.size(); part++)
+      for (size_t i = 0; i < size(); i++) parts_[0][i] += parts_[part][i];
+    const float* from = parts_[0].data();
+    const auto take = [&](float* target, int64_t count) {
+      if (target) std::memcpy(target, from, sizeof(float) * count);
+      from += count;
+    };
+    take(to.theta, k_.D * k_.C);
+    take(to.phi, k_.D * k_.C);
+    take(to.g, k_.E * k_.C);
+    take(to.out, k_.C * k_.E);
+    take(to.theta_bias, k_.D);
+    take(to.phi_bias, k_.D);
+    take(to.g_bias, k_.E);
+    take(to.out_bias, k_.C);
+  }
+
+ private:
+  size_t size() const { return k_.L * k_.C + k_.C * k_.E + k_.L + k_.C; }
+  const Block& k_;
+  std::vector<std::vector<float>> parts_;
+};
+
+// What a team shares while it works on one image.
+struct TeamBuffers {
+  std::vector<float> rows, keys;
+  std::vector<float*> key_sums;  // one a thread; null where a thread did not start
+  explicit TeamBuffers(int threads) : key_sums(threads, nullptr) {}
+  void resize(int64_t row_count, int64_t key_count) {
+    rows.resize(row_count);
+    keys.resize(key_count);
+  }
+};
+
+// Keys and values of one image as rows, loaded by one thread or by the team.
+struct LoadedKeys {
+  KeyValue keys;
+  LoadedKeys(const AttentionShape& shape, const Image& phi, const Image& g, bool team, std::vector<float>& shared_keys,
+             std::vector<float>& shared_values) {
+    if (team) {
+#pragma omp single
+      {
+        shared_keys.resize(phi.in_place() ? 0 : shape.keys * shape.inner);
+        shared_values.resize(g.in_place() ? 0 : shape.keys * shape.value);
+      }
+    }
+    float* key = team ? shared_keys.data() : scratch<kFree>(shape.keys * shape.inner);
+    float* value = team ? shared_values.data() : scratch<kFree + 1>(shape.keys * shape.value);
+    share(team, blocks_of(shape.keys, kRowBlock), [&](int64_t block) {
+      const Range r(block, kRowBlock, shape.keys);
+      phi.load(r.first, r.last, key + r.first * shape.inner);
+      g.load(r.first, r.last, value + r.first * shape.value);
+    });
+    keys = {phi.in_place() ? phi.in_place_rows(0) : Rows{key, shape.inner},
+            g.in_place() ? g.in_place_rows(0) : Rows{value, shape.value}, shape.keys};
+  }
+};
+
+}  // namespace
+
+void block_forward(const BlockShape& shape, const BlockWeights& weights, const View& x, const View& z,
+                   const BlockSaved& saved) {
+  const Block k(shape, weights);
+  std::vector<float> projection_panels, out_panels;
+  const Right project = packed(k.projection.data(), k.C, k.L, true, projection_panels);
+  const Right output = packed(k.out.data(), k.E, k.C, true, out_panels);
+  std::vector<float> shared_rows, shared_keys;
+  std::vector<uint8_t> shared_winners;
+  over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
+    const Image image(x, b, k.C, shape.space), result(z, b, k.C, shape.space);
+    const int64_t width = k.D + k.E;
+    if (team) {
+#pragma omp single
+      {
+        shared_rows.resize(saved.projections ? 0 : k.N * k.L);
+        shared_keys.resize(k.pools() ? k.M * width : 0);
+        shared_winners.resize(k.pools() && !saved.winners ? k.M * width : 0);
+      }
+    }
+    float* own_rows = team ? shared_rows.data() : saved.projections ? nullptr : scratch<kFree>(k.N * k.L);
+    float* rows = saved.projections ? saved.projections + b * k.N * k.L : own_rows;
+    float* pooled = !k.pools() ? nullptr : team ? shared_keys.data() : scratch<kFree + 1>(k.M * width);
+    uint8_t* winners = saved.winners         ? saved.winners + b * k.M * width
+                       : team || !k.pools() ? shared_winners.data()
+                                             : reinterpret_cast<uint8_t*>(scratch<kFree + 2>(k.M * width));
+    share(team, blocks_of(k.N, kRowBlock), [&](int64_t block) {
+      const Range r(block, kRowBlock, k.N);
+      const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * k.C));
+      gemm<Order::row_major>(r.count(), k.L, k.C, {from.data, from.ld}, project,
+                             {rows + r.first * k.L, k.L, k.has_bias ? k.bias.data() : nullptr, 0});
+    });
+    if (k.pools())
+      share(team, blocks_of(k.M, kRowBlock),
+            [&](int64_t block) { k.pool_keys(Range(block, kRowBlock, k.M), rows, pooled, winners); });
+    const KeyValue keys = k.keys_of(rows, pooled);
+    share(team, blocks_of(k.N, kForwardTile), [&](int64_t tile) {
+      const Range r(tile, kForwardTile, k.N);
+      const Rows attention = saved.attention ? Rows{saved.attention + (b * k.N + r.first) * k.E, k.E}
+                                             : Rows{scratch<kOut>(kForwardTile * k.E), k.E};
+      attend({rows + r.first * k.L, k.L}, r.count(), k.D, k.E, keys, attention,
+             saved.lse ? saved.lse + b * k.N + r.first : nullptr);
+      const Rows to = result.target(r.first, scratch<kGradZ>(kForwardTile * k.C));
+      Out out{to.data, to.ld, k.has_bias ? k.out_bias.data() : nullptr, 0};
+      if (shape.residual) {
+        const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * k.C));
+        out.init = from.data;
+        out.init_ld = from.ld;
+      }
+      gemm<Order::row_major>(r.count(), k.C, k.E, {attention.data, attention.ld}, output, out);
+      if (shape.residual && k.has_bias) add_bias(to, r.count(), k.C, k.out_bias.data());
+      result.finish(r.first, r.last, to);
+    });
+  });
+}
+
+void block_backward(const BlockShape& shape, const BlockWeights& weights, const View& x, const View& grad_z,
+                    const BlockSaved& saved, const View& grad_x, const BlockGradients& gradients) {
+  const Block k(shape, weights);
+  const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
+  std::vector<float> projection_panels, out_panels;
+  const Right project_back = packed(k.projection.data(), L, C, false, projection_panels);
+  const Right output_back = packed(k.out.data(), C, E, false, out_panels);
+  WeightSums sums(k, shape.threads);
+  TeamBuffers shared(shape.threads);
+  const auto image_backward = [&](int64_t b, bool team) {
+    const Image image(x, b, C, shape.space), grad_out_image(grad_z, b, C, shape.space);
+    const Image result(grad_x, b, C, shape.space);
+    const int thread = omp_get_thread_num();
+    float* rows = saved.projections + b * N * L;
+    const uint8_t* winners = saved.winners ? saved.winners + b * M * width : nullptr;
+    if (team) {
+#pragma omp single
+      shared.resize(N * L, k.pools() ? M * width : 0);
+    }
+    float* grads = team ? shared.rows.data() : scratch<kFree>(N * L);
+    float* pooled = !k.pools() ? nullptr : team ? shared.keys.data() : scratch<kFree + 1>(M * width);
+    const bool apart = team || k.pools();  // gradients of keys are summed beside those of the projections
+    float* key_sums = apart ? shared.key_sums[thread] = scratch<kFree + 2>(M * width) : nullptr;
+    if (apart) std::memset(key_sums, 0, sizeof(float) * M * width);
+    if (k.pools())
+      share(team, M, [&](int64_t m) {
+        for (int64_t c = 0; c < width; c++)
+          pooled[m * width + c] = rows[k.position(m, winners[m * width + c]) * L + D + c];
+      });
+    const KeyValue keys = k.keys_of(rows, pooled);
+    const KeyValue grad_keys = apart ? KeyValue{{key_sums, width}, {key_sums + D, width}, M}
+                                     : KeyValue{{grads + D, L}, {grads + 2 * D, L}, N};
+    share(team, blocks_of(N, kBackwardTile), [&](int64_t tile) {
+      const Range r(tile, kBackwardTile, N);
+      const Rows grad = grad_out_image.load(r.first, r.last, scratch<kGradZ>(kRowBlock * C));
+      const Rows grad_attention{scratch<kOut>(kBackwardTile * E), E};
+      gemm<Order::row_major>(r.count(), E, C, {grad.data, grad.ld}, output_back, {grad_attention.data, E});
+      attend_backward({rows + r.first * L, L}, {saved.attention + (b * N + r.first) * E, E}, grad_attention,
+                      saved.lse + b * N + r.first, r.count(), D, E, keys, {grads + r.first * L, L}, grad_keys,
+                      !apart && tile == 0);
+    });
+    if (apart) {
+      share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
+        const Range r(block, kRowBlock, N);
+        for (int64_t n = r.first; n < r.last; n++) std::memset(grads + n * L + D, 0, sizeof(float) * width);
+      });
+      const std::vector<float*> parts = team ? shared.key_sums : std::vector<float*>{key_sums};
+      share(team, M, [&](int64_t m) {
+        for (const float* part : parts) {
+          if (!part) continue;
+          for (int64_t c = 0; c < width; c++)
+            grads[k.position(m, winners ? winners[m * width + c] : 0) * L + D + c] += part[m * width + c];
+        }
+      });
+    }
+    share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
+      const Range r(block, kRowBlock, N);
+      const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * C));
+      const Rows grad = grad_out_image.load(r.first, r.last, scratch<kGradZ>(kRowBlock * C));
+      const Rows attention{saved.attention + (b * N + r.first) * E, E}, grad_rows{grads + r.first * L, L};
+      sums.add(thread, r.count(), from, grad, attention, grad_rows);
+      const Rows to = result.target(r.first, scratch<kOut>(kRowBlock * std::max(C, E)));
+      gemm<Order::row_major>(r.count(), C, L, {grad_rows.data, L}, project_back,
+                             {to.data, to.ld, shape.residual ? grad.data : nullptr, grad.ld});
+      result.finish(r.first, r.last, to);
+    });
+  };
+  over_images(shape.batch, shape.threads, shape.deterministic, image_backward);
+  sums.store(gradients);
+}
+
+void attention_forward(const AttentionShape& shape, const View& theta, const View& phi, const View& g, const View& y,
+                       float* lse) {
+  const int64_t queries[3] = {1, 1, shape.queries}, keys[3] = {1, 1, shape.keys};
+  std::vector<float> shared_keys, shared_values;
+  over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
+    const Image query(theta, b, shape.inner, queries), out(y, b, shape.value, queries);
+    const LoadedKeys loaded(shape, Image(phi, b, shape.inner, keys), Image(g, b, shape.value, keys), team, shared_keys,
+                            shared_values);
+    share(team, blocks_of(shape.queries, kForwardTile), [&](int64_t tile) {
+      const Range r(tile, kForwardTile, shape.queries);
+      const Rows to = out.target(r.first, scratch<kOut>(kForwardTile * shape.value));
+      attend(query.load(r.first, r.last, scratch<kX>(kForwardTile * shape.inner)), r.count(), shape.inner, shape.value,
+             loaded.keys, to, lse ? lse + b * shape.queries + r.first : nullptr);
+      out.finish(r.first, r.last, to);
+    });
+  });
+}
+
+void attention_backward(const AttentionShape& shape, const View& theta, const View& phi, const View& g, const View& y,
+                        const float* lse, const View& grad_y, const View& grad_theta, const View& grad_phi,
+                        const View& grad_g) {
+  const int64_t queries[3] = {1, 1, shape.queries}, spots[3] = {1, 1, shape.keys};
+  const int64_t D = shape.inner, E = shape.value, M = shape.keys, width = D + E;
+  std::vector<float> shared_keys, shared_values;
+  TeamBuffers shared(shape.threads);
+  over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
+    const Image query(theta, b, D, queries), out(y, b, E, queries), grad_out(grad_y, b, E, queries);
+    const Image grad_query(grad_theta, b, D, queries), grad_key(grad_phi, b, D, spots), grad_value(grad_g, b, E, spots);
+    const LoadedKeys loaded(shape, Image(phi, b, D, spots), Image(g, b, E, spots), team, shared_keys, shared_values);
+    float* sums = shared.key_sums[omp_get_thread_num()] = scratch<kFree + 2>(M * width);
+    std::memset(sums, 0, sizeof(float) * M * width);
+    share(team, blocks_of(shape.queries, kBackwardTile), [&](int64_t tile) {
+      const Range r(tile, kBackwardTile, shape.queries);
+      const Rows to = grad_query.target(r.first, scratch<kFree + 3>(kBackwardTile * D));
+      attend_backward(query.load(r.first, r.last, scratch<kX>(kBackwardTile * D)),
+                      out.load(r.first, r.last, scratch<kOut>(kBackwardTile * E)),
+                      grad_out.load(r.first, r.last, scratch<kGradZ>(kBackwardTile * E)),
+                      lse + b * shape.queries + r.first, r.count(), D, E, loaded.keys, to,
+                      {{sums, width}, {sums + D, width}, M}, false);
+      grad_query.finish(r.first, r.last, to);
+    });
+    const std::vector<float*> parts = team ? shared.key_sums : std::vector<float*>{sums};
+    share(team, blocks_of(M, kRowBlock), [&](int64_t block) {
+      const Range r(block, kRowBlock, M);
+      const Rows key = grad_key.target(r.first, scratch<kX>(kRowBlock * D));
+      const Rows value = grad_value.target(r.first, scratch<kGradZ>(kRowBlock * E));
+      for (int64_t m = r.first; m < r.last; m++) {
+        std::memset(key.at(m - r.first), 0, sizeof(float) * D);
+        std::memset(value.at(m - r.first), 0, sizeof(float) * E);
+        for (const float* part : parts) {
+          if (!part) continue;
+          for (int64_t c = 0; c < D; c++) key.at(m - r.first)[c] += part[m * width + c];
+          for (int64_t c = 0; c < E; c++) value.at(m - r.first)[c] += part[m * width + D + c];
+        }
+      }
+      grad_key.finish(r.first, r.last, key);
+      grad_value.finish(r.first, r.last, value);
+    });
+  });
+}
+
+}  // namespace rlnas::RLNAS_ISA

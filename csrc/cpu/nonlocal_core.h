@@ -1,0 +1,134 @@
+// The attention of one tile of queries, forward and backward, on float32 rows.
+// Included by *.isa.cpp only.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/gemm.h"
+#include "cpu/rows.h"
+
+namespace rlnas::RLNAS_ISA {
+
+// Queries lie in the lanes: logits are computed transposed, S^T [key][query], so that maximum, exponential and
+// sum are vertical, no key is padded, and P^T is in the order that the next product broadcasts from.
+constexpr int64_t kForwardTile = 32, kBackwardTile = 64;  // queries; multiples of every kPanel
+constexpr int64_t kKeyBlock = 512;                        // keys whose logits are held at once
+
+enum Slot { kQueries, kLogits, kGradQueries, kGradLogits, kOut, kX, kGradZ, kFree };
+
+struct KeyValue {
+  Rows key, value;
+  int64_t count;
+};
+
+// Rows [first, first + count) transposed to panels [panel][channel][kPanel]; lanes beyond count are 0.
+static inline Right lanes_from(Rows rows, int64_t count, int64_t channels, float* to) {
+  for (int64_t n = 0; n < count; n += kPanel) {
+    const int64_t some = std::min<int64_t>(kPanel, count - n);
+    float* panel = to + n * channels;
+    if (some < kPanel) std::memset(panel, 0, sizeof(float) * kPanel * channels);
+    transpose(rows.at(n), rows.ld, some, channels, panel, kPanel);
+  }
+  return {to, kPanel, kPanel * channels};
+}
+
+// In: logits [keys][tile] of one block, running maximum and sum of each lane.  Out: exp(logit - maximum).
+static inline void softmax_block(float* logits, int64_t tile, int64_t keys, int64_t lanes, float* maxima, float* sums,
+                                 float* rescale) {
+  for (int64_t n = 0; n < lanes; n += kWidth) {
+    const Vec before = load(maxima + n);
+    Vec highest = before;
+    for (int64_t j = 0; j < keys; j++) highest = maximum(highest, load(logits + j * tile + n));
+    const Vec factor = exponential(before - highest);
+    Vec total = load(sums + n) * factor;
+    for (int64_t j = 0; j < keys;) {
+      Vec part = {};
+      for (const int64_t end = std::min(keys, j + 32); j < end; j++) {
+        const Vec e = exponential(load(logits + j * tile + n) - highest);
+        store(logits + j * tile + n, e);
+        part += e;
+      }
+      total += part;
+    }
+    store(maxima + n, highest);
+    store(sums + n, total);
+    store(rescale + n, factor);
+  }
+}
+
+static inline void attend(Rows query, int64_t count, int64_t inner, int64_t value, const KeyValue& keys, Rows out,
+                          float* lse) {
+  constexpr int64_t T = kForwardTile;
+  const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
+  const Right queries = lanes_from(query, count, inner, scratch<kQueries>(T * inner));
+  const int64_t block = std::min(keys.count, kKeyBlock);
+  float* logits = scratch<kLogits>(T * block);
+  float maxima[T], sums[T], rescale[T];
+  std::fill(maxima, maxima + T, -3.0e38f);  // finite, so that the first rescaling is exp(-large) = 0
+  std::fill(sums, sums + T, 0.0f);
+  for (int64_t j = 0; j < keys.count; j += block) {
+    const int64_t some = std::min(block, keys.count - j);
+    gemm<Order::row_major>(some, lanes, inner, {keys.key.at(j), keys.key.ld}, queries, {logits, T});
+    softmax_block(logits, T, some, lanes, maxima, sums, rescale);
+    Out to{out.data, out.ld};
+    if (j > 0) {
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t e = 0; e < value; e++) out.at(i)[e] *= rescale[i];
+      to.init = out.data;
+      to.init_ld = out.ld;
+    }
+    float inverse[T];
+    if (j + some == keys.count) {
+      for (int64_t i = 0; i < count; i++) inverse[i] = 1.0f / sums[i];
+      to.row_scale = inverse;
+    }
+    gemm<Order::depth_major>(count, value, some, {logits, T}, {keys.value.at(j), keys.value.ld}, to);
+  }
+  if (lse)
+    for (int64_t i = 0; i < count; i++) lse[i] = maxima[i] + std::log(sums[i]);
+}
+
+// Adds this tile's share to grad_keys and writes grad_query.  `first` overwrites grad_keys.
+static inline void attend_backward(Rows query, Rows out, Rows grad_out, const float* lse, int64_t count, int64_t inner,
+                                   int64_t value, const KeyValue& keys, Rows grad_query, const KeyValue& grad_keys,
+                                   bool first) {
+  constexpr int64_t T = kBackwardTile;
+  const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
+  const Right queries = lanes_from(query, count, inner, scratch<kQueries>(T * inner));
+  const Right grad_outs = lanes_from(grad_out, count, value, scratch<kGradQueries>(T * value));
+  const int64_t block = std::min<int64_t>(keys.count, kKeyBlock);
+  float *weights = scratch<kLogits>(T * block), *grads = scratch<kGradLogits>(T * block);
+  float delta[T] = {}, shift[T] = {};
+  for (int64_t i = 0; i < count; i++) {
+    Vec total = {};
+    int64_t e = 0;
+    for (; e + kWidth <= value; e += kWidth) total += load(grad_out.at(i) + e) * load(out.at(i) + e);
+    if (e < value) total += load_some(grad_out.at(i) + e, value - e) * load_some(out.at(i) + e, value - e);
+    delta[i] = sum(total);
+    shift[i] = lse[i];
+  }
+  for (int64_t j = 0; j < keys.count; j += block) {
+    const int64_t some = std::min(block, keys.count - j);
+    gemm<Order::row_major>(some, lanes, inner, {keys.key.at(j), keys.key.ld}, queries, {weights, T});
+    gemm<Order::row_major>(some, lanes, value, {keys.value.at(j), keys.value.ld}, grad_outs, {grads, T});
+    for (int64_t n = 0; n < lanes; n += kWidth) {
+      const Vec lane_shift = load(shift + n), lane_delta = load(delta + n);
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < some; k++) {
+        float *weight = weights + k * T + n, *grad = grads + k * T + n;
+        const Vec p = exponential(load(weight) - lane_shift);
+        store(weight, p);
+        store(grad, p * (load(grad) - lane_delta));
+      }
+    }
+    gemm<Order::depth_major>(count, inner, some, {grads, T}, {keys.key.at(j), keys.key.ld},
+                             {grad_query.data, grad_query.ld, j > 0 ? grad_query.data : nullptr, grad_query.ld});
+    float *grad_key = grad_keys.key.at(j), *grad_value = grad_keys.value.at(j);
+    gemm<Order::row_major>(some, inner, count, {grads, T}, {query.data, query.ld},
+                           {grad_key, grad_keys.key.ld, first ? nullptr : grad_key, grad_keys.key.ld});
+    gemm<Order::row_major>(some, value, count, {weights, T}, {grad_out.data, grad_out.ld},
+                           {grad_value, grad_keys.value.ld, first ? nullptr : grad_value, grad_keys.value.ld});
+  }
+}
+
+}  // namespace rlnas::RLNAS_ISA

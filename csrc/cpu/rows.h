@@ -1,0 +1,172 @@
+// Tensors of any dtype and strides as float32 rows [position][channel], in place where they are that already.
+// Included by *.isa.cpp only.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/nonlocal_attention.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+
+namespace rlnas::RLNAS_ISA {
+
+struct Rows {
+  float* data;
+  int64_t ld;
+  float* at(int64_t position) const { return data + position * ld; }
+};
+
+RLNAS_INLINE float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+RLNAS_INLINE uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+struct Float32 {
+  typedef float Stored;
+  static float read(float x) { return x; }
+  static float write(float x) { return x; }
+};
+struct BFloat16 {
+  typedef uint16_t Stored;
+  static float read(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
+  static uint16_t write(float x) {  // to nearest, ties to even
+    uint32_t bits = to_bits(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+  }
+};
+struct Float16 {
+  typedef uint16_t Stored;
+  static float read(uint16_t x) {
+    uint32_t magnitude = x & 0x7fff, sign = static_cast<uint32_t>(x & 0x8000) << 16;
+    // Moves exponent and mantissa into place and mends the exponent's bias by a product, also for subnormals.
+    float value = from_bits(magnitude << 13) * from_bits(0x77800000);  // 2^112
+    return from_bits(sign | (magnitude >= 0x7c00 ? 0x7f800000 | magnitude << 13 : to_bits(value)));
+  }
+  static uint16_t write(float x) {  // to nearest, ties to even
+    uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+    if (magnitude >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
+    if (magnitude < 0x38800000)  // subnormal: adding 0.5 lets the hardware round at 2^-24
+      return static_cast<uint16_t>(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000));
+    return static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+  }
+};
+
+template <class F>
+RLNAS_INLINE void with_dtype(DType dtype, F f) {
+  if (dtype == DType::float32) f(Float32{});
+  if (dtype == DType::bfloat16) f(BFloat16{});
+  if (dtype == DType::float16) f(Float16{});
+}
+
+// One image of a View: positions are the flattened space.
+class Image {
+ public:
+  Image(const View& view, int64_t batch, int64_t channels, const int64_t space[3])
+      : view_(view), channels_(channels), space_(space), offset_(batch * view.batch) {
+    step_ = space[2] > 1 ? view.space[2] : space[1] > 1 ? view.space[1] : view.space[0];
+    const bool rows_follow = space[2] == 1 || space[1] == 1 || view.space[1] == space[2] * step_;
+    const int64_t plane = space[1] * space[2];
+    uniform_ = rows_follow && (plane == 1 || space[0] == 1 || view.space[0] == plane * step_);
+  }
+
+  bool in_place() const { return view_.dtype == DType::float32 && uniform_ && (view_.channel == 1 || channels_ == 1); }
+
+  Rows in_place_rows(int64_t first) const {
+    return {static_cast<float*>(view_.data) + offset_ + first * step_, step_};
+  }
+
+  // Rows [first, last): a view of the tensor itself, or a copy in `buffer`.
+  Rows load(int64_t first, int64_t last, float* buffer) const {
+    if (in_place()) return in_place_rows(first);
+    const Rows rows{buffer, channels_};
+    with_dtype(view_.dtype, [&](auto dtype) { copy_in<decltype(dtype)>(first, last, rows); });
+    return rows;
+  }
+
+  // Where rows [first, last) are to be written before `finish`.
+  Rows target(int64_t first, float* buffer) const {
+    return in_place() ? in_place_rows(first) : Rows{buffer, channels_};
+  }
+
+  void finish(int64_t first, int64_t last, Rows rows) const {
+    if (in_place()) return;
+    with_dtype(view_.dtype, [&](auto dtype) { copy_out<decltype(dtype)>(first, last, rows); });
+  }
+
+ private:
+  template <class D>
+  typename D::Stored* place(int64_t position) const {
+    int64_t w = position % space_[2], h = position / space_[2] % space_[1], t = position / space_[2] / space_[1];
+    return static_cast<typename D::Stored*>(view_.data) + offset_ + w * view_.space[2] + h * view_.space[1] +
+           t * view_.space[0];
+  }
+
+  template <class D>
+  void copy_in(int64_t first, int64_t last, Rows rows) const {
+    if (uniform_ && step_ == 1 && channels_ > 1) {  // channels first: convert lines, then transpose
+      constexpr int64_t kLine = 64;
+      float lines[kWidth * kLine];
+      for (int64_t n = first; n < last; n += kLine)
+        for (int64_t c = 0; c < channels_; c += kWidth) {
+          const int64_t count = last - n < kLine ? last - n : kLine;
+          const int64_t some = channels_ - c < kWidth ? channels_ - c : kWidth;
+          for (int64_t i = 0; i < some; i++) {
+            const auto* from = place<D>(n) + (c + i) * view_.channel;
+            for (int64_t j = 0; j < count; j++) lines[i * kLine + j] = D::read(from[j]);
+          }
+          transpose(lines, kLine, some, count, rows.at(n - first) + c, rows.ld);
+        }
+      return;
+    }
+    for (int64_t n = first; n < last; n++) {
+      const auto* from = place<D>(n);
+      float* to = rows.at(n - first);
+      if (view_.channel == 1)
+        for (int64_t c = 0; c < channels_; c++) to[c] = D::read(from[c]);
+      else
+        for (int64_t c = 0; c < channels_; c++) to[c] = D::read(from[c * view_.channel]);
+    }
+  }
+
+  template <class D>
+  void copy_out(int64_t first, int64_t last, Rows rows) const {
+    if (uniform_ && step_ == 1 && channels_ > 1) {
+      constexpr int64_t kLine = 64;
+      float lines[kWidth * kLine];
+      for (int64_t n = first; n < last; n += kLine)
+        for (int64_t c = 0; c < channels_; c += kWidth) {
+          const int64_t count = last - n < kLine ? last - n : kLine;
+          const int64_t some = channels_ - c < kWidth ? channels_ - c : kWidth;
+          transpose(rows.at(n - first) + c, rows.ld, count, some, lines, kLine);
+          for (int64_t i = 0; i < some; i++) {
+            auto* to = place<D>(n) + (c + i) * view_.channel;
+            for (int64_t j = 0; j < count; j++) to[j] = D::write(lines[i * kLine + j]);
+          }
+        }
+      return;
+    }
+    for (int64_t n = first; n < last; n++) {
+      auto* to = place<D>(n);
+      const float* from = rows.at(n - first);
+      if (view_.channel == 1)
+        for (int64_t c = 0; c < channels_; c++) to[c] = D::write(from[c]);
+      else
+        for (int64_t c = 0; c < channels_; c++) to[c * view_.channel] = D::write(from[c]);
+    }
+  }
+
+  View view_;
+  int64_t channels_;
+  const int64_t* space_;
+  int64_t offset_, step_;
+  bool uniform_;
+};
+
+}  // namespace rlnas::RLNAS_ISA
