@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .._version import __version__
 from ..errors import ShapeError
 from ..search import Architecture, Cost, Measurement, Meter, Request, TaskSpec
-from ..tasks.task import Task
-from ..training.data import DeviceData, on_device
+from ..training.data import DeviceData, Task, on_device
 from ..training.loop import TrainResult, evaluate, precision, train
 from ..training.memory import peak_bytes, reset_peak
 from ..training.recipe import Recipe

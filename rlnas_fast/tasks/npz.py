@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
-import numpy as np
-
-from ..errors import DataError
+from ..search.archives import read_npz
 from .task import Task, make_task
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -49,30 +45,3 @@ def npz(
         train_size=train_size,
         seed=seed,
     )
-
-
-def read_npz(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """Reads the named arrays of an archive.
-
-    Raises:
-        DataError: it is not there, not an archive, damaged, holds pickles, or lacks a required array
-            (the message lists those it has).
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} is a single array; give an .npz with {', '.join(required)}")
-            missing = [key for key in required if key not in archive.files]
-            if missing:
-                raise DataError(
-                    f"{path} has no {', '.join(missing)}; it holds {', '.join(archive.files) or 'nothing'}"
-                )
-            return {key: archive[key] for key in (*required, *optional) if key in archive.files}
-    except FileNotFoundError as error:
-        raise DataError(f"no data file {path}: give the path of an .npz archive") from error
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"cannot read {path}: {error} (arrays of plain numbers only)") from error

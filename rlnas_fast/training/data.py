@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..tasks.task import Split, Task
 
+__all__ = ["DeviceData", "Split", "Task", "on_device"]
+
 
 @dataclass(frozen=True, eq=False)
 class DeviceData:
