@@ -21,8 +21,8 @@ class Split:
         y: [N] int64 labels from 0, read-only.
     """
 
-    x: np.ndarray
-    y: np.ndarray
+    x: np.ndarray = field(repr=False)
+    y: np.ndarray = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
