@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import MeterError
 from ..search.trial import Cost
@@ -11,9 +13,6 @@ from .energy import Energy, measure_energy
 from .exclusion import measuring
 from .nvml import NvmlBoard, gpu_uuid
 from .sampling import Samples, sample, unsteady
-
-if TYPE_CHECKING:
-    import torch
 
 SPREAD = 0.01
 AGREEMENT = 0.02
@@ -50,6 +49,12 @@ class CudaEventMeter:
         self._warmup_seconds = warmup_seconds
         self._seconds = seconds
 
+    def on_device(self, device: str) -> CudaEventMeter:
+        """The same meter for another device."""
+        other = copy.copy(self)
+        other._device = device
+        return other
+
     def measure(self, call: Callable[[], Any]) -> Cost:
         """Median latency with 10th and 90th percentile, peak memory, and energy if it was asked for."""
         import torch
@@ -63,7 +68,7 @@ class CudaEventMeter:
                 except MeterError as error:
                     caveats += (f"eager latency: {error}",)
             samples = time_on_device(call, self._warmup_seconds, self._seconds)
-            caveats += unsteady(samples, AGREEMENT) + self._board_caveats()
+            caveats += unsteady(samples, AGREEMENT) + board_state(self._device)[1]
             energy = self._energy(call)
         if energy.reason:
             caveats += (f"energy unknown: {energy.reason}",)
@@ -80,24 +85,7 @@ class CudaEventMeter:
     def _energy(self, call: Callable[[], Any]) -> Energy:
         if self._energy_seconds is None:
             return Energy()
-        import torch
-
-        try:
-            with NvmlBoard(gpu_uuid(self._device)) as board:
-                return measure_energy(board, call, torch.cuda.synchronize, seconds=self._energy_seconds)
-        except MeterError as error:
-            return Energy(reason=str(error))
-
-    def _board_caveats(self) -> tuple[str, ...]:
-        """What the board says right after the calls."""
-        try:
-            with NvmlBoard(gpu_uuid(self._device)) as board:
-                state = board.state()
-        except MeterError as error:
-            return (f"throttling and other processes unknown: {error}",)
-        found = [f"the clocks are held down: {reason}" for reason in state.throttled]
-        found += [f"process {pid} uses the GPU too" for pid in state.foreign]
-        return tuple(found)
+        return energy_on_device(self._device, call, self._energy_seconds)
 
 
 def time_on_device(call: Callable[[], Any], warmup_seconds: float, seconds: float) -> Samples:
@@ -118,11 +106,11 @@ def time_on_device(call: Callable[[], Any], warmup_seconds: float, seconds: floa
     return sample(timed, warmup_seconds=warmup_seconds, seconds=seconds, spread=SPREAD)
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """``call`` as a CUDA graph, to be replayed.
+def captured(*calls: Callable[[], Any]) -> Callable[[], None]:
+    """``calls`` as CUDA graphs, one of which is replayed at a time, in turn.
 
     Raises:
-        MeterError: it cannot be captured; says why in one line.
+        MeterError: a call cannot be captured; says why in one line.
     """
     import torch
 
@@ -131,19 +119,27 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            call()
+            calls[0]()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph: torch.cuda.CUDAGraph = torch.cuda.CUDAGraph()
+    graphs: list[Any] = []
     try:
-        with torch.cuda.graph(graph):
-            call()
+        for call in calls:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+                call()
+            graphs.append(graph)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         torch.cuda.synchronize()
         raise MeterError(f"the call is not captured as a CUDA graph: {str(error).splitlines()[0]}") from error
-    return graph.replay
+    turn = itertools.cycle(graphs)
+
+    def replay() -> None:
+        next(turn).replay()
+
+    return replay
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
@@ -156,3 +152,26 @@ def peak_memory(call: Callable[[], Any]) -> int:
     call()
     torch.cuda.synchronize()
     return int(torch.cuda.max_memory_allocated())
+
+
+def energy_on_device(device: str, call: Callable[[], Any], seconds: float) -> Energy:
+    """Joules a call on ``device``, or why they are unknown."""
+    import torch
+
+    try:
+        with NvmlBoard(gpu_uuid(device)) as board:
+            return measure_energy(board, call, torch.cuda.synchronize, seconds=seconds)
+    except MeterError as error:
+        return Energy(reason=str(error))
+
+
+def board_state(device: str) -> tuple[int | None, tuple[str, ...]]:
+    """(clock in MHz, what spoils a figure) as the board of ``device`` says it now."""
+    try:
+        with NvmlBoard(gpu_uuid(device)) as board:
+            state = board.state()
+    except MeterError as error:
+        return None, (f"throttling and other processes unknown: {error}",)
+    found = [f"the clocks are held down: {reason}" for reason in state.throttled]
+    found += [f"process {pid} uses the GPU too" for pid in state.foreign]
+    return state.clock_mhz, tuple(found)

@@ -34,7 +34,10 @@ def training(device: str) -> Iterator[Callable[[], None]]:
         yield room.let_through
     finally:
         held[room.key].remove(room)
-        room.close()
+        try:
+            room.leave()
+        finally:
+            room.close()
 
 
 @contextmanager
@@ -58,6 +61,7 @@ class _Room:
 
     def __init__(self, device: str) -> None:
         self.key = lock_key(device)
+        self._device = device
         folder = Path(tempfile.gettempdir()) / f"rlnas-fast-{os.getuid()}"
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -88,6 +92,10 @@ class _Room:
             fcntl.flock(self._gate, fcntl.LOCK_UN)
 
     def leave(self) -> None:
+        if self._device.partition(":")[0] == "cuda":  # steps that were queued still run
+            import torch
+
+            torch.cuda.synchronize(self._device)
         fcntl.flock(self._room, fcntl.LOCK_UN)
 
     def close(self) -> None:

@@ -49,7 +49,7 @@ class WallClockMeter:
             return self._clock() - started
 
         with measuring("cpu"):
-            load = _Load()
+            load = Load()
             samples = sample(
                 timed,
                 warmup_seconds=self._warmup_seconds,
@@ -67,7 +67,7 @@ class WallClockMeter:
         )
 
 
-class _Load:
+class Load:
     """What else keeps this machine's CPUs busy, from its start to ``caveats``."""
 
     def __init__(self) -> None:
