@@ -1,0 +1,81 @@
+// A dense mask to bits and tile states, and what a mask holds.
+#include "cpu/masked_matmul_simd.h"
+
+namespace rlnas::RLNAS_ISA {
+namespace {
+
+// 32 bytes (bools) to 32 bits.
+inline uint32_t pack_word(const uint8_t* dense, int n) {
+  alignas(32) uint8_t padded[32] = {};
+  if (n < 32) {
+    std::memcpy(padded, dense, static_cast<size_t>(n));
+    dense = padded;
+  }
+#if defined(__AVX2__)
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(dense));
+  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi8(bytes, _mm256_setzero_si256())));
+#else
+  uint32_t word = 0;
+  for (int i = 0; i < 32; ++i) word |= static_cast<uint32_t>(dense[i] != 0) << i;
+  return word;
+#endif
+}
+
+inline bool any_bit(const int32_t* row, int64_t k0, int64_t k1) {
+  for (int64_t k = k0; k < k1; k += 32)
+    if (bits_at(row, k, static_cast<int>(std::min<int64_t>(32, k1 - k)))) return true;
+  return false;
+}
+
+}  // namespace
+
+void pack_bits(const uint8_t* dense, int64_t rows, int64_t cols, int64_t tile_rows, int64_t tile_cols, int32_t* bits,
+               uint8_t* state, int threads) {
+  const int64_t words = (cols + 31) / 32;
+  const int64_t tiles_n = (rows + tile_rows - 1) / tile_rows, tiles_k = (cols + tile_cols - 1) / tile_cols;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < tiles_n; ++i) {
+    const int64_t n0 = i * tile_rows, n1 = std::min(rows, n0 + tile_rows);
+    for (int64_t n = n0; n < n1; ++n)
+      for (int64_t w = 0; w < words; ++w)
+        bits[n * words + w] = static_cast<int32_t>(
+            pack_word(dense + n * cols + w * 32, static_cast<int>(std::min<int64_t>(32, cols - w * 32))));
+    for (int64_t j = 0; j < tiles_k; ++j) {
+      const int64_t k0 = j * tile_cols, k1 = std::min(cols, k0 + tile_cols);
+      bool kept = false;
+      for (int64_t n = n0; n < n1 && !kept; ++n) kept = any_bit(bits + n * words, k0, k1);
+      uint8_t& tile = state[i * tiles_k + j];
+      tile = kept ? (tile ? tile : 1) : 0;
+    }
+  }
+}
+
+// stats: keep tiles, int8 tiles, kept weights, live tiles that are not complete.
+void count_bits(const uint8_t* state, const int32_t* bits, int64_t rows, int64_t cols, int64_t tile_rows,
+                int64_t tile_cols, int64_t* stats, int threads) {
+  const int64_t words = (cols + 31) / 32;
+  const int64_t tiles_n = (rows + tile_rows - 1) / tile_rows, tiles_k = (cols + tile_cols - 1) / tile_cols;
+  int64_t keep = 0, int8 = 0, weights = 0, incomplete = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : keep, int8, weights, incomplete)
+  for (int64_t i = 0; i < tiles_n; ++i)
+    for (int64_t j = 0; j < tiles_k; ++j) {
+      const uint8_t tile = state[i * tiles_k + j];
+      if (!tile) continue;
+      ++(tile == 1 ? keep : int8);
+      const int64_t n0 = i * tile_rows, n1 = std::min(rows, n0 + tile_rows);
+      const int64_t k0 = j * tile_cols, k1 = std::min(cols, k0 + tile_cols);
+      int64_t kept = (n1 - n0) * (k1 - k0);
+      if (bits) {
+        kept = 0;
+        for (int64_t n = n0; n < n1; ++n)
+          for (int64_t k = k0; k < k1; k += 32)
+            kept += __builtin_popcount(
+                bits_at(bits + n * words, k, static_cast<int>(std::min<int64_t>(32, k1 - k))));
+        incomplete += kept != (n1 - n0) * (k1 - k0);
+      }
+      weights += kept;
+    }
+  stats[0] = keep, stats[1] = int8, stats[2] = weights, stats[3] = incomplete;
+}
+
+}  // namespace rlnas::RLNAS_ISA

@@ -1,0 +1,404 @@
+// The unstructured form: compressed rows against panels of the transposed batch.
+#include "cpu/masked_matmul_kernel.h"
+
+namespace rlnas::RLNAS_ISA {
+namespace {
+
+constexpr int kRowFlush = 32;  // nonzeros between two departures of the partial sums from their registers
+
+template <class T>
+float weight_at(const Weight& w, int64_t n, int64_t k, bool int8, float scale) {
+  const int64_t at = n * w.in_features + k;
+  return int8 ? scale * static_cast<float>(w.payload[at]) : to_float(static_cast<const T*>(w.data)[at]);
+}
+
+uint32_t piece_bits(const Weight& w, int64_t n, int64_t k, int steps) {
+  if (!w.bits) return steps == 32 ? 0xffffffffu : (1u << steps) - 1;
+  return bits_at(w.bits + n * ((w.in_features + 31) / 32), k, steps);
+}
+
+// Calls f(n, k, bits, int8, scale) for each run of at most 32 kept weights of row n in tile (i, j).
+template <class F>
+void each_piece(const Weight& w, int64_t i, int64_t j, bool int8, int64_t n, F f) {
+  const int64_t tiles_k = (w.in_features + w.tile_cols - 1) / w.tile_cols;
+  const int64_t k1 = std::min(w.in_features, (j + 1) * w.tile_cols);
+  const float scale = int8 ? w.scale[i * tiles_k + j] : 1.0f;
+  for (int64_t k = j * w.tile_cols; k < k1; k += 32) {
+    const int steps = static_cast<int>(std::min<int64_t>(32, k1 - k));
+    if (const uint32_t bits = piece_bits(w, n, k, steps)) f(k, bits, int8, scale);
+  }
+}
+
+template <class F>
+void each_piece_of_row(const Weight& w, const Direction& d, int64_t i, int64_t n, F f) {
+  const int64_t live = d.count[2 * i] + d.count[2 * i + 1];
+  for (int64_t t = 0; t < live; ++t)
+    each_piece(w, i, d.tiles[i * d.tiles_in + t], t >= d.count[2 * i], n, f);
+}
+
+template <class T>
+int32_t append(const Weight& w, int64_t n, int64_t k, uint32_t bits, bool int8, float scale, const Rows& rows,
+               int32_t at) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, float>)
+    if (!int8) {
+      const float* source = static_cast<const float*>(w.data) + n * w.in_features + k;
+      const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+      for (int half = 0; half < 2; ++half, bits >>= 16) {
+        const __mmask16 kept = static_cast<__mmask16>(bits);
+        const int count = __builtin_popcount(kept);
+        const __mmask16 first = static_cast<__mmask16>((1u << count) - 1);
+        const __m512i index = _mm512_maskz_compress_epi32(
+            kept, _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(k) + 16 * half)));
+        if (rows.values)
+          _mm512_mask_storeu_ps(rows.values + at, first,
+                                _mm512_maskz_compress_ps(kept, _mm512_maskz_loadu_ps(kept, source + 16 * half)));
+        _mm512_mask_cvtepi32_storeu_epi16(rows.indices + at, first, index);
+        at += count;
+      }
+      return at;
+    }
+#endif
+  for (; bits; bits &= bits - 1, ++at) {
+    const int64_t column = k + __builtin_ctz(bits);
+    rows.indices[at] = static_cast<uint16_t>(column);
+    if (rows.values) rows.values[at] = weight_at<T>(w, n, column, int8, scale);
+  }
+  return at;
+}
+
+void sum_up(int32_t* start, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) start[r + 1] += start[r];
+}
+
+// A row belongs to one task, which counts its weights, and after all have counted writes them.
+template <class T>
+void pack_forward(const Weight& w, const Rows& rows, int threads) {
+  const Direction d = direction_of(w, false);
+  rows.start[0] = 0;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < d.out; ++n) {
+      int32_t count = 0;
+      each_piece_of_row(w, d, n / d.tile_out, n,
+                        [&](int64_t, uint32_t bits, bool, float) { count += __builtin_popcount(bits); });
+      rows.start[n + 1] = count;
+    }
+#pragma omp single
+    sum_up(rows.start, d.out);
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < d.out; ++n) {
+      int32_t at = rows.start[n];
+      each_piece_of_row(w, d, n / d.tile_out, n, [&](int64_t k, uint32_t bits, bool int8, float scale) {
+        at = append<T>(w, n, k, bits, int8, scale, rows, at);
+      });
+    }
+  }
+}
+
+// Columns of the weight become rows: a tile column belongs to one task.
+template <class T>
+void pack_transposed(const Weight& w, const Rows& rows, int threads) {
+  const Direction d = direction_of(w, true);
+  rows.start[0] = 0;
+  const auto each_in_column = [&](int64_t j, auto f) {
+    const int64_t live = d.count[2 * j] + d.count[2 * j + 1];
+    for (int64_t t = 0; t < live; ++t) {
+      const int64_t i = d.tiles[j * d.tiles_in + t];
+      for (int64_t n = i * d.tile_in; n < std::min(d.in, (i + 1) * d.tile_in); ++n)
+        each_piece(w, i, j, t >= d.count[2 * j], n,
+                   [&](int64_t k, uint32_t bits, bool int8, float scale) { f(n, k, bits, int8, scale); });
+    }
+  };
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < d.tiles_out; ++j) {
+      for (int64_t k = j * d.tile_out; k < std::min(d.out, (j + 1) * d.tile_out); ++k) rows.start[k + 1] = 0;
+      each_in_column(j, [&](int64_t, int64_t k, uint32_t bits, bool, float) {
+        for (; bits; bits &= bits - 1) ++rows.start[k + __builtin_ctz(bits) + 1];
+      });
+    }
+#pragma omp single
+    sum_up(rows.start, d.out);
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < d.tiles_out; ++j) {
+      const int64_t k0 = j * d.tile_out, columns = std::min(d.out - k0, d.tile_out);
+      int32_t* at = new int32_t[static_cast<size_t>(columns)];
+      std::copy_n(rows.start + k0, columns, at);
+      each_in_column(j, [&](int64_t n, int64_t k, uint32_t bits, bool int8, float scale) {
+        for (; bits; bits &= bits - 1) {
+          const int64_t column = k + __builtin_ctz(bits);
+          const int32_t place = at[column - k0]++;
+          rows.indices[place] = static_cast<uint16_t>(n);
+          rows.values[place] = weight_at<T>(w, n, column, int8, scale);
+        }
+      });
+      delete[] at;
+    }
+  }
+}
+
+// Batches are cut into panels of V vectors, transposed, so that one nonzero meets V * kLanes examples.
+int panel_vectors(int64_t in) {
+  constexpr int64_t kCacheFloats = int64_t{1} << 17;  // half of a 1 MiB second-level cache
+  const int64_t fit = kCacheFloats / std::max<int64_t>(1, in * kLanes);
+  return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+}
+
+template <class T>
+void transpose_panel(const Matrix& x, int64_t first, int vectors, int64_t k0, int64_t k1, const int32_t* permutation,
+                     float* panel) {
+  const T* data = static_cast<const T*>(x.data);
+  alignas(64) float stage[kLanes];
+  for (int v = 0; v < vectors; ++v)
+    for (int64_t k = k0; k < k1; k += kLanes) {
+      const int steps = static_cast<int>(std::min<int64_t>(kLanes, k1 - k));
+      Vector r[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t b = first + v * kLanes + i;
+        r[i] = Vector{};
+        if (b >= x.rows) continue;
+        const T* row = data + b * x.stride;
+        if constexpr (std::is_same_v<T, float>)
+          if (!permutation && steps == kLanes) {
+            r[i] = load(row + k);
+            continue;
+          }
+        for (int j = 0; j < kLanes; ++j)
+          stage[j] = j < steps ? to_float(row[permutation ? permutation[k + j] : k + j]) : 0.0f;
+        r[i] = load(stage);
+      }
+      transpose(r);
+      for (int j = 0; j < steps; ++j) store(panel + ((k + j) * vectors + v) * kLanes, r[j]);
+    }
+}
+
+template <int V>
+inline void multiply_row(const Rows& rows, int64_t n, const float* panel, float* sum) {
+  Vector total[V] = {};
+  const int32_t end = rows.start[n + 1];
+  for (int32_t t = rows.start[n]; t < end;) {
+    const int32_t stop = std::min(end, t + kRowFlush);
+    Vector even[V] = {}, odd[V] = {};  // two chains hide the latency of the additions
+    for (; t + 1 < stop; t += 2) {
+      const float* a = panel + static_cast<int64_t>(rows.indices[t]) * V * kLanes;
+      const float* b = panel + static_cast<int64_t>(rows.indices[t + 1]) * V * kLanes;
+      const Vector wa = splat(rows.values[t]), wb = splat(rows.values[t + 1]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        even[v] += wa * load(a + v * kLanes);
+        odd[v] += wb * load(b + v * kLanes);
+      }
+    }
+    if (t < stop) {
+      const float* a = panel + static_cast<int64_t>(rows.indices[t]) * V * kLanes;
+      const Vector wa = splat(rows.values[t++]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) even[v] += wa * load(a + v * kLanes);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) total[v] += even[v] + odd[v];
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) store(sum + v * kLanes, total[v]);
+}
+
+template <int V, class T>
+void multiply_chunk(const Rows& rows, const float* panel, int64_t first, int64_t batch, int64_t n0, int64_t n1,
+                    const Output& y, int64_t out) {
+  alignas(64) float sum[kLanes * V * kLanes], back[kLanes];
+  for (int64_t n = n0; n < n1; n += kLanes) {
+    const int columns = static_cast<int>(std::min<int64_t>(kLanes, n1 - n));
+    for (int i = 0; i < columns; ++i) multiply_row<V>(rows, n + i, panel, sum + i * V * kLanes);
+    for (int v = 0; v < V; ++v) {
+      Vector r[kLanes];
+      for (int i = 0; i < kLanes; ++i) r[i] = i < columns ? load(sum + (i * V + v) * kLanes) : Vector{};
+      transpose(r);
+      for (int j = 0; j < kLanes; ++j) {
+        const int64_t b = first + v * kLanes + j;
+        if (b >= batch) break;
+        store(back, r[j]);
+        write_block<T>(back, kLanes, b, 1, n, columns, y, out);
+      }
+    }
+  }
+}
+
+// Fewer examples than lanes: lanes take nonzeros instead.
+template <class T>
+void multiply_few(const Matrix& x, int64_t out, const Rows& rows, const int32_t* permutation, const Output& y,
+                  float* scratch, int threads) {
+  const T* data = static_cast<const T*>(x.data);
+  for (int64_t b = 0; b < x.rows; ++b)
+    for (int64_t k = 0; k < x.cols; ++k)
+      scratch[b * x.cols + k] = to_float(data[b * x.stride + (permutation ? permutation[k] : k)]);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t n = 0; n < out; ++n)
+    for (int64_t b = 0; b < x.rows; ++b) {
+      const float* row = scratch + b * x.cols;
+      float total = 0;
+      int32_t t = rows.start[n];
+      const int32_t end = rows.start[n + 1];
+      Vector acc = {};
+      for (; t + kLanes <= end; t += kLanes) {
+#if defined(__AVX512F__)
+        // The masked forms, because GCC warns of the undefined lanes of the others.
+        const __m512i index = _mm512_maskz_cvtepu16_epi32(
+            0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows.indices + t)));
+        const Vector gathered = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, index, row, 4);
+#elif defined(__AVX2__)
+        const __m256i index =
+            _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows.indices + t)));
+        const Vector gathered = _mm256_i32gather_ps(row, index, 4);
+#else
+        Vector gathered;
+        for (int j = 0; j < kLanes; ++j) gathered[j] = row[rows.indices[t + j]];
+#endif
+        acc += load(rows.values + t) * gathered;
+      }
+      total = sum(acc);
+      for (; t < end; ++t) total += rows.values[t] * row[rows.indices[t]];
+      write_block<T>(&total, 1, b, 1, n, 1, y, out);
+    }
+}
+
+template <int V, class T>
+void multiply_panels(const Matrix& x, int64_t out, const Rows& rows, const int32_t* permutation, const Output& y,
+                     float* scratch, int threads) {
+  constexpr int64_t kStep = 128;
+  const int64_t wide = V * kLanes, panels = (x.rows + wide - 1) / wide, slices = (x.cols + kStep - 1) / kStep;
+  const int64_t chunk = std::max<int64_t>(kLanes, (out * panels / (16 * threads) + kLanes - 1) / kLanes * kLanes);
+  const int64_t chunks = (out + chunk - 1) / chunk;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t s = 0; s < slices; ++s)
+        transpose_panel<T>(x, p * wide, V, s * kStep, std::min(x.cols, (s + 1) * kStep), permutation,
+                           scratch + p * wide * x.cols);
+#pragma omp for schedule(dynamic, 1) collapse(2) nowait
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t c = 0; c < chunks; ++c)
+        multiply_chunk<V, T>(rows, scratch + p * wide * x.cols, p * wide, x.rows, c * chunk,
+                             std::min(out, (c + 1) * chunk), y, out);
+  }
+}
+
+// Dots of kLanes nonzeros of one row with a panel, as one vector.
+template <int V>
+inline Vector sample_lanes(const Vector* left, const float* panel, const uint16_t* indices, int count) {
+  Vector dots[kLanes];
+  for (int j = 0; j < kLanes; ++j) {
+    dots[j] = Vector{};
+    if (j >= count) continue;
+    const float* right = panel + static_cast<int64_t>(indices[j]) * V * kLanes;
+    Vector even = left[0] * load(right), odd = Vector{};
+#pragma GCC unroll 8
+    for (int v = 1; v < V; ++v) {
+      if (v & 1)
+        odd += left[v] * load(right + v * kLanes);
+      else
+        even += left[v] * load(right + v * kLanes);
+    }
+    dots[j] = even + odd;
+  }
+  transpose(dots);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) dots[i] += dots[i + half];
+  return dots[0];
+}
+
+template <int V, class T>
+void sample_panels(const Matrix& grad_y, const Matrix& x, const Rows& rows, const int32_t* output_permutation,
+                   const int32_t* input_permutation, T* grad_w, float* scratch, int threads) {
+  constexpr int64_t kStep = 128;
+  const int64_t wide = V * kLanes, panels = (x.rows + wide - 1) / wide;
+  const int64_t out = grad_y.cols, in = x.cols;
+  float* const right = scratch;                           // panels of x
+  float* const left = right + panels * wide * in;         // panels of grad_y
+  float* const values = left + panels * wide * out;       // one for each nonzero
+  const int64_t in_slices = (in + kStep - 1) / kStep, out_slices = (out + kStep - 1) / kStep;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static) collapse(2) nowait
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t s = 0; s < in_slices; ++s)
+        transpose_panel<T>(x, p * wide, V, s * kStep, std::min(in, (s + 1) * kStep), input_permutation,
+                           right + p * wide * in);
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t s = 0; s < out_slices; ++s)
+        transpose_panel<T>(grad_y, p * wide, V, s * kStep, std::min(out, (s + 1) * kStep), output_permutation,
+                           left + p * wide * out);
+    for (int64_t p = 0; p < panels; ++p) {
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < out; ++n) {
+        Vector g[V];
+        for (int v = 0; v < V; ++v) g[v] = load(left + (p * out + n) * wide + v * kLanes);
+        const int32_t end = rows.start[n + 1];
+        for (int32_t t = rows.start[n]; t < end; t += kLanes) {
+          const int count = std::min(kLanes, end - t);
+          Vector dots = sample_lanes<V>(g, right + p * in * wide, rows.indices + t, count);
+          if (count == kLanes) {
+            if (p) dots += load(values + t);
+            store(values + t, dots);
+          } else {
+            for (int j = 0; j < count; ++j) values[t + j] = (p ? values[t + j] : 0.0f) + dots[j];
+          }
+        }
+      }
+    }
+#pragma omp for schedule(static) nowait
+    for (int64_t n = 0; n < out; ++n) {
+      T* row = grad_w + n * in;
+      std::memset(row, 0, static_cast<size_t>(in) * sizeof(T));
+      if (panels)
+        for (int32_t t = rows.start[n]; t < rows.start[n + 1]; ++t) row[rows.indices[t]] = from_float<T>(values[t]);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t panel_floats(int64_t in) { return kLanes * std::max(panel_vectors(in), 8); }
+
+void pack_rows(const Weight& weight, bool transposed, const Rows& rows, int threads) {
+  with_type(weight.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    transposed ? pack_transposed<T>(weight, rows, threads) : pack_forward<T>(weight, rows, threads);
+  });
+}
+
+void multiply_rows(const Matrix& x, int64_t out, const Rows& rows, const int32_t* input_permutation, const Output& y,
+                   float* scratch, int threads) {
+  with_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (x.rows < kLanes && x.rows <= 8)
+      return multiply_few<T>(x, out, rows, input_permutation, y, scratch, threads);
+    switch (x.rows <= kLanes ? 1 : x.rows <= 2 * kLanes ? std::min(2, panel_vectors(x.cols)) : panel_vectors(x.cols)) {
+      case 4: return multiply_panels<4, T>(x, out, rows, input_permutation, y, scratch, threads);
+      case 2: return multiply_panels<2, T>(x, out, rows, input_permutation, y, scratch, threads);
+      default: return multiply_panels<1, T>(x, out, rows, input_permutation, y, scratch, threads);
+    }
+  });
+}
+
+void sample_rows(const Matrix& grad_y, const Matrix& x, const Weight& weight, const Rows& rows,
+                 const int32_t* output_permutation, const int32_t* input_permutation, void* grad_w, float* scratch,
+                 int threads) {
+  with_type(weight.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* gw = static_cast<T*>(grad_w);
+    const int64_t fit = (int64_t{1} << 18) / std::max<int64_t>(1, x.cols * kLanes);
+    if (fit >= 8 && x.rows > 4 * kLanes)
+      sample_panels<8, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, threads);
+    else if (fit >= 4 && x.rows > 2 * kLanes)
+      sample_panels<4, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, threads);
+    else
+      sample_panels<2, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, threads);
+  });
+}
+
+}  // namespace rlnas::RLNAS_ISA

@@ -1,0 +1,293 @@
+// Products over lists of tiles: forward, gradient to x, and the sampled product of the gradient to the weight.
+#include "cpu/masked_matmul_kernel.h"
+
+namespace rlnas::RLNAS_ISA {
+namespace {
+
+// Blocks before tile row i, when each live tile makes blocks_in_tile of them.
+struct Offsets {
+  explicit Offsets(const Direction& d, Kinds kinds) : d_(d), kinds_(kinds) {}
+  int64_t live(int64_t i) const {
+    return (kinds_ != Kinds::int8 ? d_.count[2 * i] : 0) + (kinds_ != Kinds::keep ? d_.count[2 * i + 1] : 0);
+  }
+  const int32_t* list(int64_t i) const {
+    return d_.tiles + i * d_.tiles_in + (kinds_ == Kinds::int8 ? d_.count[2 * i] : 0);
+  }
+  int64_t before(int64_t i) const {
+    int64_t total = 0;
+    for (int64_t j = 0; j < i; ++j) total += live(j);
+    return total;
+  }
+
+ private:
+  const Direction& d_;
+  Kinds kinds_;
+};
+
+// A 32 x 32 piece (or less) of the weight as floats, rows `stride` apart: in place where nothing must be done to it.
+template <class T>
+struct Piece {
+  alignas(64) float stage[32 * 32];
+  const float* rows;
+  int64_t stride;
+
+  Piece(const Weight& w, int64_t n0, int64_t rn, int64_t k0, int64_t rk, bool int8, float scale, bool complete) {
+    if constexpr (std::is_same_v<T, float>)
+      if (complete && !int8 && !w.bits) {
+        rows = static_cast<const float*>(w.data) + n0 * w.in_features + k0;
+        stride = w.in_features;
+        return;
+      }
+    for (int64_t r = 0; r < rn; ++r)
+      fetch_row<T>(w, n0 + r, k0, static_cast<int>(rk), int8, scale, stage + r * 32);
+    std::memset(stage + rn * 32, 0, static_cast<size_t>(32 - rn) * 32 * sizeof(float));
+    rows = stage;
+    stride = 32;
+  }
+};
+
+void transpose_to(const float* from, int64_t stride, int64_t steps, int64_t width, float* to) {
+  for (int64_t c = 0; c < width; c += kLanes)
+    for (int64_t k = 0; k < steps; k += kLanes) {
+      Vector r[kLanes];
+      for (int i = 0; i < kLanes; ++i) r[i] = load(from + (c + i) * stride + k);
+      transpose(r);
+      for (int64_t j = 0; j < std::min<int64_t>(kLanes, steps - k); ++j) store(to + (k + j) * width + c, r[j]);
+    }
+}
+
+template <class T>
+void pack_tile(const Weight& w, bool transposed, int64_t i, int64_t j, bool int8, int64_t block, float* to) {
+  // Outputs o0.. (at most `width`) against the inner steps of tile j.
+  const Direction d = direction_of(w, transposed);
+  const int64_t width = block_width(d.tile_out);
+  const int64_t o0 = i * d.tile_out + block * width;
+  const int64_t columns = std::min({width, (i + 1) * d.tile_out - o0, d.out - o0});
+  const int64_t s0 = j * d.tile_in, steps = std::min(d.tile_in, d.in - s0);
+  const int64_t tiles_k = transposed ? d.tiles_out : d.tiles_in;
+  const float scale = int8 ? w.scale[(transposed ? j : i) * tiles_k + (transposed ? i : j)] : 1.0f;
+  for (int64_t s = 0; s < steps; s += 32) {
+    const int64_t n = std::min<int64_t>(32, steps - s);
+    if (!transposed) {
+      const Piece<T> piece(w, o0, std::max<int64_t>(columns, 0), s0 + s, n, int8, scale,
+                           columns == width && n % kLanes == 0);
+      transpose_to(piece.rows, piece.stride, n, width, to + s * width);
+    } else {
+      const Piece<T> piece(w, s0 + s, n, o0, std::max<int64_t>(columns, 0), int8, scale, columns == width);
+      for (int64_t k = 0; k < n; ++k)
+        std::memcpy(to + (s + k) * width, piece.rows + k * piece.stride, static_cast<size_t>(width) * sizeof(float));
+    }
+  }
+}
+
+}  // namespace
+
+void pack_tiles(const Weight& weight, bool transposed, Kinds kinds, float* packed, int threads) {
+  const Direction d = direction_of(weight, transposed);
+  const Offsets offsets(d, kinds);
+  const int64_t width = block_width(d.tile_out), blocks = blocks_in_tile(d.tile_out);
+  with_type(weight.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < d.tiles_out; ++i) {
+      const int64_t live = offsets.live(i);
+      float* row = packed + offsets.before(i) * blocks * width * d.tile_in;
+      for (int64_t b = 0; b < blocks; ++b)
+        for (int64_t t = 0; t < live; ++t) {
+          const bool int8 = kinds == Kinds::int8 || t >= d.count[2 * i];
+          pack_tile<T>(weight, transposed, i, offsets.list(i)[t], int8, b,
+                       row + (b * live + t) * width * d.tile_in);
+        }
+    }
+  });
+}
+
+void multiply_tiles(const Matrix& x, const Direction& d, Kinds kinds, const float* packed,
+                    const int32_t* input_permutation, const Output& y, float* scratch, int threads) {
+  const Panels panels(x.rows, kPanel);
+  const Offsets offsets(d, kinds);
+  const int64_t width = block_width(d.tile_out), blocks = blocks_in_tile(d.tile_out);
+  // A group of panels stays in the second-level cache while a run of tile rows passes over it.
+  const int64_t group = std::clamp<int64_t>((int64_t{1} << 17) / std::max<int64_t>(1, d.in * kPanel), 1, 8);
+  const int64_t groups = (panels.count + group - 1) / group;
+  const int64_t wanted = std::max<int64_t>(1, (8 * threads + groups - 1) / std::max<int64_t>(1, groups));
+  const int64_t runs = std::min(d.tiles_out, std::max<int64_t>(wanted, 4));
+  constexpr int64_t kStep = 256;
+  const int64_t slices = (d.in + kStep - 1) / kStep;
+  with_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static) collapse(2)
+      for (int64_t p = 0; p < panels.count; ++p)
+        for (int64_t s = 0; s < slices; ++s)
+          pack_panel(static_cast<const T*>(x.data), x.stride, panels.first(p), panels.size(p), s * kStep,
+                     std::min(d.in, (s + 1) * kStep), input_permutation, scratch + panels.first(p) * d.in);
+#pragma omp for schedule(dynamic, 1) collapse(2) nowait
+      for (int64_t g = 0; g < groups; ++g)
+        for (int64_t run = 0; run < runs; ++run) {
+          alignas(64) float sum[kPanel * kBlock];
+          const int64_t i0 = d.tiles_out * run / runs, i1 = d.tiles_out * (run + 1) / runs;
+          const float* w = packed + offsets.before(i0) * blocks * width * d.tile_in;
+          for (int64_t i = i0; i < i1; ++i) {
+            const Chain chain{offsets.list(i), offsets.live(i), d.tile_in, d.in};
+            for (int64_t b = 0; b < blocks; ++b, w += chain.count * width * d.tile_in) {
+              const int64_t o0 = i * d.tile_out + b * width;
+              const int64_t columns = std::min({width, (i + 1) * d.tile_out - o0, d.out - o0});
+              if (columns <= 0) continue;
+              for (int64_t p = g * group; p < std::min(panels.count, (g + 1) * group); ++p) {
+                multiply_block(panels.size(p), scratch + panels.first(p) * d.in, w, width, chain, sum);
+                write_block<T>(sum, width, panels.first(p), panels.size(p), o0, columns, y, d.out);
+              }
+            }
+          }
+        }
+    }
+  });
+}
+
+// grad_w[n, k] = sum over b of grad_y[b, n] * x[b, k] in live tiles: the same product, the batch inside.
+void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight, const int32_t* output_permutation,
+                  const int32_t* input_permutation, void* grad_w, float* scratch, int threads) {
+  const Direction d = direction_of(weight, false);
+  const int64_t width = block_width(d.tile_in), blocks = blocks_in_tile(d.tile_in), batch = x.rows;
+  float* const left = scratch;                      // [tile row][panel][batch][rows of the panel]
+  float* const right = scratch + batch * d.out;     // [tile column][block][batch][width]
+  const int64_t words = (d.in + 31) / 32;
+  const int32_t all[] = {0};
+  const Chain chain{all, 1, batch, batch};
+  with_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* const gy = static_cast<const T*>(grad_y.data);
+    const T* const xs = static_cast<const T*>(x.data);
+    T* const gw = static_cast<T*>(grad_w);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static) nowait
+      for (int64_t b = 0; b < batch; ++b)
+        for (int64_t i = 0; i < d.tiles_out; ++i) {
+          const int64_t n0 = i * d.tile_out;
+          const Panels panels(std::min(d.tile_out, d.out - n0), kPanel);
+          for (int64_t p = 0; p < panels.count; ++p) {
+            const int64_t first = n0 + panels.first(p), size = panels.size(p);
+            float* to = left + first * batch + b * size;
+            for (int64_t r = 0; r < size; ++r)
+              to[r] = to_float(gy[b * grad_y.stride + (output_permutation ? output_permutation[first + r] : first + r)]);
+          }
+        }
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < batch; ++b)
+        for (int64_t j = 0; j < d.tiles_in; ++j)
+          for (int64_t s = 0; s < blocks; ++s) {
+            const int64_t k0 = j * d.tile_in + s * width;
+            const int64_t n = std::max<int64_t>(0, std::min({width, (j + 1) * d.tile_in - k0, d.in - k0}));
+            float* to = right + ((j * blocks + s) * batch + b) * width;
+            for (int64_t c = 0; c < n; ++c)
+              to[c] = to_float(xs[b * x.stride + (input_permutation ? input_permutation[k0 + c] : k0 + c)]);
+            for (int64_t c = n; c < width; ++c) to[c] = 0;
+          }
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t i = 0; i < d.tiles_out; ++i) {
+        alignas(64) float sum[kPanel * kBlock];
+        const int64_t n0 = i * d.tile_out, rows = std::min(d.tile_out, d.out - n0);
+        std::memset(gw + n0 * d.in, 0, static_cast<size_t>(rows * d.in) * sizeof(T));
+        const Panels panels(rows, kPanel);
+        const int64_t live = d.count[2 * i] + d.count[2 * i + 1];
+        for (int64_t t = 0; t < live; ++t) {
+          const int64_t j = d.tiles[i * d.tiles_in + t];
+          for (int64_t s = 0; s < blocks; ++s) {
+            const int64_t k0 = j * d.tile_in + s * width;
+            const int64_t n = std::min({width, (j + 1) * d.tile_in - k0, d.in - k0});
+            if (n <= 0) continue;
+            for (int64_t p = 0; p < panels.count; ++p) {
+              const int64_t first = n0 + panels.first(p);
+              const int size = panels.size(p);
+              multiply_block(size, left + first * batch, right + (j * blocks + s) * batch * width, width, chain, sum);
+              for (int r = 0; r < size; ++r) {
+                T* to = gw + (first + r) * d.in + k0;
+                if (weight.bits) {
+                  const uint32_t bits = bits_at(weight.bits + (first + r) * words, k0, static_cast<int>(n));
+                  for (int64_t c = 0; c < n; ++c)
+                    to[c] = from_float<T>(bits >> c & 1 ? sum[r * width + c] : 0.0f);
+                } else {
+                  for (int64_t c = 0; c < n; ++c) to[c] = from_float<T>(sum[r * width + c]);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+// At most 8 rows of x: bound by memory, so the weight is read where it lies, once, and never packed.
+template <int B, class T>
+static void direct_rows(const Weight& w, const Direction& d, const float* x, const Output& y, int64_t i) {
+  const int64_t n0 = i * d.tile_out, n1 = std::min(d.out, n0 + d.tile_out);
+  const int64_t words = (d.in + 31) / 32, live = d.count[2 * i] + d.count[2 * i + 1];
+  alignas(64) float row[32];
+  for (int64_t n = n0; n < n1; ++n) {
+    Vector acc[B][2] = {};
+    float total[B] = {};
+    int run = 0;
+    for (int64_t t = 0; t <= live; ++t) {
+      if (run >= kFlush || t == live) {
+        for (int b = 0; b < B; ++b) {
+          total[b] += sum(acc[b][0] + acc[b][1]);
+          acc[b][0] = acc[b][1] = Vector{};
+        }
+        run = 0;
+      }
+      if (t == live) break;
+      const int64_t j = d.tiles[i * d.tiles_in + t], k1 = std::min(d.in, (j + 1) * d.tile_in);
+      const bool int8 = t >= d.count[2 * i];
+      for (int64_t k = j * d.tile_in; k < k1; k += 32) {
+        const int steps = static_cast<int>(std::min<int64_t>(32, k1 - k));
+        const float* source = row;
+        if (std::is_same_v<T, float> && !int8 && steps == 32 && !w.bits)
+          source = static_cast<const float*>(w.data) + n * d.in + k;
+        else if (w.bits && !bits_at(w.bits + n * words, k, steps))
+          continue;
+        else
+          fetch_row<T>(w, n, k, steps, int8, int8 ? w.scale[i * d.tiles_in + j] : 1.0f, row);
+#pragma GCC unroll 8
+        for (int c = 0; c < steps; c += kLanes) {
+          const Vector weights = load(source + c);
+#pragma GCC unroll 8
+          for (int b = 0; b < B; ++b) acc[b][(c / kLanes) & 1] += weights * load(x + b * (d.in + 32) + k + c);
+        }
+      }
+      run += static_cast<int>(2 * (k1 - j * d.tile_in) / kLanes);
+    }
+    for (int b = 0; b < B; ++b) write_block<T>(total + b, 1, b, 1, n, 1, y, d.out);
+  }
+}
+
+void multiply_direct(const Matrix& x, const Weight& weight, const int32_t* input_permutation, const Output& y,
+                     float* scratch, int threads) {
+  if (!x.rows) return;
+  const Direction d = direction_of(weight, false);
+  with_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* const xs = static_cast<const T*>(x.data);
+    for (int64_t b = 0; b < x.rows; ++b) {  // rows end in 32 zeros, so that the last piece reads no further
+      float* to = scratch + b * (d.in + 32);
+      for (int64_t k = 0; k < d.in; ++k) to[k] = to_float(xs[b * x.stride + (input_permutation ? input_permutation[k] : k)]);
+      std::memset(to + d.in, 0, 32 * sizeof(float));
+    }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < d.tiles_out; ++i) switch (x.rows) {
+        case 1: direct_rows<1, T>(weight, d, scratch, y, i); break;
+        case 2: direct_rows<2, T>(weight, d, scratch, y, i); break;
+        case 3: direct_rows<3, T>(weight, d, scratch, y, i); break;
+        case 4: direct_rows<4, T>(weight, d, scratch, y, i); break;
+        case 5: direct_rows<5, T>(weight, d, scratch, y, i); break;
+        case 6: direct_rows<6, T>(weight, d, scratch, y, i); break;
+        case 7: direct_rows<7, T>(weight, d, scratch, y, i); break;
+        default: direct_rows<8, T>(weight, d, scratch, y, i); break;
+      }
+  });
+}
+
+}  // namespace rlnas::RLNAS_ISA

@@ -1,0 +1,403 @@
+"""The C++ kernels: what they are given, and which of them runs."""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from rlnas_fast.errors import ConfigError, KernelUnavailable
+from rlnas_fast.ops import native
+from rlnas_fast.ops.masked_matmul import cost_model
+from rlnas_fast.ops.masked_matmul.reference import effective_weight
+from rlnas_fast.ops.masked_matmul.tile_mask import TileTensors
+
+__all__ = [
+    "KERNELS",
+    "Packed",
+    "choose",
+    "forward",
+    "forward_packed",
+    "grad_input",
+    "grad_weight",
+    "pack",
+    "pack_mask",
+    "unavailable_reason",
+    "update_lists",
+]
+
+KERNELS = ("dense", "tiles", "rows", "direct")
+KEEP_ONLY, BOTH = 0, 2
+DIRECT_ROWS = 8  # the most rows of x that the kernel without packing takes
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unavailable_reason() -> str | None:
+    """Returns why the C++ kernels cannot run, or None when they can."""
+    try:
+        native.cpu()
+    except KernelUnavailable as error:
+        return str(error)
+    return None
+
+
+def choose(product: cost_model.Product, batch: int, mask: TileTensors, dtype: torch.dtype) -> str:
+    """Names the kernel that the cost model of this CPU expects to be fastest."""
+    seconds = cost_model.estimates(product, batch, mask, dtype)
+    return min(seconds, key=seconds.__getitem__)
+
+
+class Packed(NamedTuple):
+    """A masked weight in the form that one kernel reads; holds no reference to weight or mask."""
+
+    kernel: str
+    mask: TileTensors
+    weight: torch.Tensor
+    buffers: tuple[torch.Tensor, ...]
+
+
+def pack(weight: torch.Tensor, mask: TileTensors, kernel: str, *, transposed: bool = False) -> Packed:
+    """Brings a masked weight into a kernel's form; later changes of weight or mask do not reach it.
+
+    Args:
+        weight: [N, K], contiguous.
+        mask: its mask.
+        kernel: one of ``KERNELS``.
+        transposed: for the gradient to x.
+    """
+    weight = weight.detach().contiguous()
+    frozen = TileTensors(*(v.clone() if isinstance(v, torch.Tensor) else v for v in mask))
+    if kernel == "dense":
+        return Packed(kernel, frozen, effective_weight(weight, mask), ())
+    if kernel == "tiles":
+        buffer = torch.empty(_tile_floats(mask, transposed), dtype=torch.float32)
+        _pack_tiles(weight, mask, transposed, BOTH, buffer)
+        return Packed(kernel, frozen, weight, (buffer,))
+    if kernel == "rows":
+        return Packed(kernel, frozen, weight, _pack_rows(weight, mask, transposed, fresh=True))
+    return Packed("direct", frozen, effective_weight(weight, mask), ())
+
+
+def forward_packed(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    """Computes the product with a packed weight; x [B, K], y [B, N]."""
+    x, bias = _rows_adjacent(x), None if bias is None else bias.contiguous()
+    mask = packed.mask
+    if packed.kernel == "dense":
+        return _dense(x, packed.weight, mask, bias)
+    y = x.new_empty(x.shape[0], mask.shape[0])
+    if packed.kernel == "tiles":
+        _multiply_tiles(x, packed.weight, mask, False, BOTH, packed.buffers[0], y, bias)
+    elif packed.kernel == "rows":
+        _multiply_rows(x, mask, False, packed.buffers, y, bias)
+    else:
+        _multiply_direct(x, packed.weight, mask, y, bias)
+    return y
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    mask: TileTensors,
+    bias: torch.Tensor | None,
+    int8_activations: bool = False,
+    kernel: str = "auto",
+) -> torch.Tensor:
+    """Computes ``y = x (W o M)^T + b``: x [B, K], y [B, N]."""
+    x, weight = _rows_adjacent(x), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if int8_activations and mask.payload is not None and int(mask.stats[1]):
+        return _forward_int8(x, weight, mask, bias)
+    if kernel == "auto":
+        kernel = choose("forward", x.shape[0], mask, x.dtype)
+    if kernel == "dense":
+        return _dense(x, _dense_weight(weight, mask), mask, bias)
+    y = x.new_empty(x.shape[0], mask.shape[0])
+    if kernel == "tiles":
+        packed = _workspace("weight", _tile_floats(mask, False))
+        _pack_tiles(weight, mask, False, BOTH, packed)
+        _multiply_tiles(x, weight, mask, False, BOTH, packed, y, bias)
+    elif kernel == "rows":
+        _multiply_rows(x, mask, False, _pack_rows(weight, mask, False), y, bias)
+    else:
+        _multiply_direct(x, weight, mask, y, bias)
+    return y
+
+
+def grad_input(
+    grad_y: torch.Tensor, weight: torch.Tensor, mask: TileTensors, kernel: str = "auto"
+) -> torch.Tensor:
+    """Computes ``gx = gy (W o M)``: gy [B, N], gx [B, K]."""
+    grad_y, weight = _rows_adjacent(grad_y), weight.contiguous()
+    if kernel in ("auto", "direct"):
+        kernel = choose("grad_input", grad_y.shape[0], mask, grad_y.dtype)
+    if kernel == "dense":
+        if mask.output_permutation is not None:
+            grad_y = grad_y[:, mask.output_permutation.long()]
+        return _scattered(grad_y @ _dense_weight(weight, mask), mask.input_permutation)
+    grad_x = grad_y.new_empty(grad_y.shape[0], mask.shape[1])
+    if kernel == "tiles":
+        packed = _workspace("weight", _tile_floats(mask, True))
+        _pack_tiles(weight, mask, True, BOTH, packed)
+        _multiply_tiles(grad_y, weight, mask, True, BOTH, packed, grad_x, None)
+    else:
+        _multiply_rows(grad_y, mask, True, _pack_rows(weight, mask, True), grad_x, None)
+    return grad_x
+
+
+def grad_weight(
+    grad_y: torch.Tensor, x: torch.Tensor, mask: TileTensors, kernel: str = "auto"
+) -> torch.Tensor:
+    """Computes ``gW = (gy^T x) o M``, exactly 0 off the mask: gy [B, N], x [B, K], gW [N, K]."""
+    grad_y, x = _rows_adjacent(grad_y), _rows_adjacent(x)
+    if kernel in ("auto", "direct"):
+        kernel = choose("grad_weight", x.shape[0], mask, x.dtype)
+    if kernel == "dense":
+        if mask.output_permutation is not None:
+            grad_y = grad_y[:, mask.output_permutation.long()]
+        if mask.input_permutation is not None:
+            x = x[:, mask.input_permutation.long()]
+        return _apply(grad_y.t() @ x, mask)
+    batch, (rows, cols) = x.shape[0], mask.shape
+    grad_w = x.new_empty(rows, cols)
+    threads = torch.get_num_threads()
+    permutations = (_address(mask.output_permutation), _address(mask.input_permutation))
+    if kernel == "tiles":
+        width, blocks = _blocks(mask.tile[1])
+        scratch = _workspace("x", batch * (rows + mask.state.shape[1] * width * blocks))
+        _kernels().sample_tiles(
+            *(_matrix(grad_y), _matrix(x), _weight(grad_w, mask), *permutations),
+            *(grad_w.data_ptr(), scratch.data_ptr(), threads),
+        )
+    else:
+        start, indices, _ = _pack_rows(grad_w, mask, False, pattern_only=True)
+        padded = -(-batch // 128) * 128
+        scratch = _workspace("x", padded * (rows + cols) + indices.numel() + 32)
+        rows_form = (start.data_ptr(), indices.data_ptr(), 0)
+        _kernels().sample_rows(
+            *(_matrix(grad_y), _matrix(x), _weight(grad_w, mask), rows_form, *permutations),
+            *(grad_w.data_ptr(), scratch.data_ptr(), threads),
+        )
+    return grad_w
+
+
+def pack_mask(dense: torch.Tensor, mask: TileTensors) -> None:
+    """Sets bits and state from a bool [N, K], in place, then the lists."""
+    assert mask.bits is not None
+    _kernels().pack_mask(
+        *(dense.contiguous().data_ptr(), mask.shape, mask.tile, mask.bits.data_ptr(), mask.state.data_ptr()),
+        torch.get_num_threads(),
+    )
+    update_lists(mask)
+
+
+def update_lists(mask: TileTensors) -> None:
+    """Derives counts, lists and stats from state and bits, in place."""
+    _kernels().update_lists(
+        *(mask.state.data_ptr(), _address(mask.bits), mask.shape, mask.tile, _lists(mask)),
+        *(mask.stats.data_ptr(), torch.get_num_threads()),
+    )
+
+
+def _forward_int8(
+    x: torch.Tensor, weight: torch.Tensor, mask: TileTensors, bias: torch.Tensor | None
+) -> torch.Tensor:
+    # In float32 throughout: integer sums are exact, and both parts are added before rounding to x's dtype.
+    wide = x.float()
+    wide_bias = None if bias is None else bias.float()
+    y = wide.new_empty(x.shape[0], mask.shape[0])
+    keep_tiles = int(mask.stats[0])
+    if keep_tiles:
+        packed = _workspace("weight", _tile_floats(mask, False))
+        _pack_tiles(weight, mask, False, KEEP_ONLY, packed)
+        _multiply_tiles(wide, weight, mask, False, KEEP_ONLY, packed, y, wide_bias)
+    width, blocks = _blocks(mask.tile[0])
+    depth = -(-mask.tile[1] // 4) * 4
+    columns = int(mask.stats[1]) * blocks * width
+    payload = _workspace("int8 weight", columns * depth, torch.int8)
+    corrections = _workspace("corrections", columns, torch.int32)
+    threads = torch.get_num_threads()
+    _kernels().pack_int8(_weight(weight, mask), payload.data_ptr(), corrections.data_ptr(), threads)
+    quantised = _workspace("int8 x", x.shape[0] * mask.state.shape[1] * depth, torch.uint8)
+    row_scales = _workspace("row scales", x.shape[0])
+    _kernels().multiply_int8(
+        *(_matrix(wide), _weight(weight, mask), payload.data_ptr(), corrections.data_ptr()),
+        *(_address(mask.input_permutation), _output(y, mask.output_permutation, wide_bias), keep_tiles > 0),
+        *(quantised.data_ptr(), row_scales.data_ptr(), threads),
+    )
+    return y.to(x.dtype)
+
+
+def _dense(
+    x: torch.Tensor, weight: torch.Tensor, mask: TileTensors, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if mask.input_permutation is not None:
+        x = x[:, mask.input_permutation.long()]
+    if mask.output_permutation is None:
+        return F.linear(x, weight, bias)
+    y = _scattered(F.linear(x, weight), mask.output_permutation)
+    return y if bias is None else y + bias
+
+
+def _dense_weight(weight: torch.Tensor, mask: TileTensors) -> torch.Tensor:
+    keep, int8, weights, _ = mask.stats.tolist()
+    if not int8 and weights == weight.numel():
+        return weight
+    return effective_weight(weight, mask)
+
+
+def _apply(weight: torch.Tensor, mask: TileTensors) -> torch.Tensor:
+    if int(mask.stats[2]) == weight.numel():
+        return weight
+    return effective_weight(weight, mask._replace(payload=None, scale=None))
+
+
+def _scattered(y: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    return y if order is None else torch.empty_like(y).index_copy_(1, order.long(), y)
+
+
+def _pack_tiles(
+    weight: torch.Tensor, mask: TileTensors, transposed: bool, kinds: int, packed: torch.Tensor
+) -> None:
+    _kernels().pack_tiles(
+        _weight(weight, mask), transposed, kinds, packed.data_ptr(), torch.get_num_threads()
+    )
+
+
+def _multiply_tiles(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    mask: TileTensors,
+    transposed: bool,
+    kinds: int,
+    packed: torch.Tensor,
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    permutations = mask.input_permutation, mask.output_permutation
+    read, written = permutations[::-1] if transposed else permutations
+    scratch = _workspace("x", x.numel() + 32)
+    _kernels().multiply_tiles(
+        *(_matrix(x), _weight(weight, mask), transposed, kinds, packed.data_ptr(), _address(read)),
+        *(_output(y, written, bias), scratch.data_ptr(), torch.get_num_threads()),
+    )
+
+
+def _pack_rows(
+    weight: torch.Tensor,
+    mask: TileTensors,
+    transposed: bool,
+    *,
+    fresh: bool = False,
+    pattern_only: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if max(mask.shape) > 1 << 16:
+        raise ConfigError(
+            f"backend 'rows' has 16-bit indices, so at most 65536 features, got a weight of {list(mask.shape)}"
+        )
+    count, out = int(mask.stats[2]), mask.shape[transposed]
+
+    def room(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype) if fresh else _workspace(name, size, dtype)
+
+    start = room("start", out + 1, torch.int32)
+    indices = room("indices", count + 32, torch.int16)
+    values = room("values", 0 if pattern_only else count + 32, torch.float32)
+    rows_form = (start.data_ptr(), indices.data_ptr(), 0 if pattern_only else values.data_ptr())
+    _kernels().pack_rows(_weight(weight, mask), transposed, rows_form, torch.get_num_threads())
+    return start, indices, values
+
+
+def _multiply_rows(
+    x: torch.Tensor,
+    mask: TileTensors,
+    transposed: bool,
+    rows: tuple[torch.Tensor, ...],
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    permutations = mask.input_permutation, mask.output_permutation
+    read, written = permutations[::-1] if transposed else permutations
+    scratch = _workspace("x", (x.shape[0] + 128) * x.shape[1] + 32)
+    start, indices, values = (buffer.data_ptr() for buffer in rows)
+    _kernels().multiply_rows(
+        *(_matrix(x), y.shape[1], (start, indices, values), _address(read), _output(y, written, bias)),
+        *(scratch.data_ptr(), torch.get_num_threads()),
+    )
+
+
+def _multiply_direct(
+    x: torch.Tensor, weight: torch.Tensor, mask: TileTensors, y: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    if x.shape[0] > DIRECT_ROWS:
+        raise ConfigError(f"backend 'direct' takes at most {DIRECT_ROWS} rows of x, got {x.shape[0]}")
+    scratch = _workspace("x", x.shape[0] * (x.shape[1] + 32))
+    _kernels().multiply_direct(
+        *(_matrix(x), _weight(weight, mask), _address(mask.input_permutation)),
+        *(_output(y, mask.output_permutation, bias), scratch.data_ptr(), torch.get_num_threads()),
+    )
+
+
+def _kernels():  # type: ignore[no-untyped-def]
+    return native.cpu().masked_matmul
+
+
+_local = threading.local()
+
+
+def _workspace(name: str, size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Returns memory that this thread keeps for the next call: fresh pages would cost more than some products."""
+    rooms: dict[str, torch.Tensor] = _local.__dict__.setdefault("rooms", {})
+    room = rooms.get(name)
+    if room is None or room.numel() < size:
+        room = rooms[name] = torch.empty(max(size, 1), dtype=dtype)
+    return room
+
+
+def _blocks(tile_out: int) -> tuple[int, int]:
+    """Width and number of the packed blocks of a tile; mirrors block_width in csrc/cpu/masked_matmul.h."""
+    width = 16 if tile_out <= 16 else 32
+    return width, -(-tile_out // width)
+
+
+def _tile_floats(mask: TileTensors, transposed: bool) -> int:
+    out, inner = mask.tile[::-1] if transposed else mask.tile
+    width, blocks = _blocks(out)
+    live = int(mask.stats[0]) + int(mask.stats[1])
+    return live * blocks * width * inner + 32
+
+
+def _rows_adjacent(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _matrix(x: torch.Tensor) -> tuple[int, int, int, int, int]:
+    return x.data_ptr(), _DTYPES[x.dtype], x.shape[0], x.shape[1], x.stride(0)
+
+
+def _output(
+    y: torch.Tensor, permutation: torch.Tensor | None, bias: torch.Tensor | None
+) -> tuple[int, int, int, int]:
+    return y.data_ptr(), _DTYPES[y.dtype], _address(permutation), _address(bias)
+
+
+def _lists(mask: TileTensors) -> tuple[int, int, int, int]:
+    return (
+        mask.row_count.data_ptr(),
+        mask.row_tiles.data_ptr(),
+        mask.col_count.data_ptr(),
+        mask.col_tiles.data_ptr(),
+    )
+
+
+def _weight(weight: torch.Tensor, mask: TileTensors) -> tuple[object, ...]:
+    incomplete = int(mask.stats[3])
+    return (
+        *(weight.data_ptr(), _DTYPES[weight.dtype], mask.shape, mask.tile, _lists(mask)),
+        *(_address(mask.bits) if incomplete else 0, _address(mask.payload), _address(mask.scale)),
+    )
