@@ -3,7 +3,7 @@
 From Python: ``python examples/own_parts.py``.  From the command line, in this folder, with a file such as
 
     space = "own_parts:TwoLayers"
-    task = "own_parts:parity"
+    task = "own_parts:bits"
     evaluator = "own_parts:LeastSquares"
     reward = "own_parts:small_is_good"
 
@@ -47,18 +47,18 @@ class TwoLayers:
 
 
 @dataclass(frozen=True)
-class Parity:
-    """Is an odd number of these eight bits set?"""
+class Bits:
+    """Are three to five of these eight bits set?"""
 
     spec: TaskSpec
     x: np.ndarray
     y: np.ndarray
 
 
-def parity() -> Parity:
-    """All 256 bytes and their parity."""
-    bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
-    return Parity(TaskSpec((8,), 2), bits - 0.5, bits.sum(axis=1) % 2)
+def bits() -> Bits:
+    """All 256 bytes, and for each whether its count of ones is in the middle."""
+    x = (np.arange(256)[:, None] >> np.arange(8)) & 1
+    return Bits(TaskSpec((8,), 2), x - 0.5, (abs(x.sum(axis=1) - 4) <= 1).astype(int))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LeastSquares:
     """Random features and least squares: trains in a millisecond."""
 
     space: TwoLayers
-    task: Parity
+    task: Bits
 
     def identity(self) -> Mapping[str, str]:
         return {"evaluator": "least squares 1", "space": self.space.name}
@@ -98,7 +98,7 @@ small_is_good = SmallIsGood()
 if __name__ == "__main__":
     result = rf.run(
         space=TwoLayers,
-        task=parity(),
+        task=bits(),
         evaluator=LeastSquares,
         reward=small_is_good,
         strategy="random",

@@ -164,6 +164,9 @@ def read_config(settings: Mapping[str, Any], file: Path | None = None) -> Search
             raise ConfigError(f"cannot read the configuration {file}: {error}") from error
     for path, value in settings.items():
         _assign(merged, path, value)
+    for kind in COMPONENTS:
+        if isinstance(merged.get(kind), Mapping):  # options of the default component need not name it
+            merged[kind] = {"name": SearchConfig.model_fields[kind].default.name} | dict(merged[kind])
     try:
         return SearchConfig.model_validate(merged)
     except ValidationError as error:
@@ -234,7 +237,7 @@ def check_options(
     """``options`` with the types that the factory's signature asks for, or a ConfigError."""
     parameters = list(inspect.signature(factory).parameters.values())[skip:]
     known = {p.name: p for p in parameters if p.name not in fixed}
-    hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    hints = _hints(factory) if options else {}
     checked = {}
     for name, value in options.items():
         if name not in known:
@@ -253,6 +256,14 @@ def check_options(
             f"{owner} needs the option {missing[0]!r}: give it with --set {owner.split()[0]}.{missing[0]}=..."
         )
     return checked
+
+
+def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a factory's arguments; none where an annotation names what its module does not hold."""
+    try:
+        return get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except NameError:
+        return {}
 
 
 def resolve_device(name: str) -> str:

@@ -32,7 +32,7 @@ def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 def parts(own: ModuleType) -> dict[str, object]:
     return {
         "space": own.TwoLayers,
-        "task": own.parity(),
+        "task": own.bits(),
         "evaluator": own.LeastSquares,
         "reward": own.small_is_good,
     }
@@ -46,7 +46,7 @@ def test_objects_and_module_names_give_the_same_search(own: ModuleType, tmp_path
     by_object = rf.run(**parts(own), strategy="random", trials=9, seed=1, out=tmp_path / "a")
     by_name = rf.run(
         space="own_parts:TwoLayers",
-        task="own_parts:parity",
+        task="own_parts:bits",
         evaluator="own_parts:LeastSquares",
         reward="own_parts:small_is_good",
         strategy="random",

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..errors import ConfigError, RlnasError
+from .screen import Interrupted, Screen
 
 app = typer.Typer(
     name="rlnas",
@@ -26,6 +27,7 @@ app = typer.Typer(
     help="Searches for the neural network that is best on your own hardware.",
 )
 
+INTERRUPTED = 130
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, or the click that typer carries
 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
@@ -40,13 +42,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     try:
         code = app(args=arguments, standalone_mode=False)
+        if code == INTERRUPTED:  # typer's word for a Ctrl-C that came before there was a run
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except RlnasError as error:
         return _fail(str(error))
     except USAGE_ERROR as error:
         return _fail(error.format_message())  # type: ignore[attr-defined]
+    except Interrupted as error:
+        return _fail(f"interrupted; go on with: rlnas resume {error}", code=INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; go on with: rlnas resume RUN", code=130)
+        return _fail("interrupted before anything was started", code=INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -98,7 +104,6 @@ def search(
     given.update(_settings(settings))
     from ..compose import read_config
     from ..runs import start
-    from .screen import Screen
 
     with Screen(quiet=as_json) as screen:
         result = start(read_config(given, config), out=out, progress=screen)
@@ -118,7 +123,6 @@ def resume(
 ) -> None:
     """Go on where a run was stopped."""
     from ..runs import resume as go_on
-    from .screen import Screen
 
     settings = {name: value for name, value in (("trials", trials), ("max_seconds", max_seconds)) if value}
     with Screen(quiet=as_json) as screen:

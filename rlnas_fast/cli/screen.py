@@ -13,6 +13,10 @@ from rich.progress import TimeRemainingColumn as Eta
 from ..search import Measurement, Trial
 
 
+class Interrupted(Exception):
+    """Ctrl-C, once there is a run to go on with; its text is the run folder."""
+
+
 class Screen:
     """Draws how far a run is, when it will be done, the best so far, and how many failed."""
 
@@ -26,6 +30,7 @@ class Screen:
         )  # fmt: skip
         self.search: TaskID | None = None
         self.confirm: TaskID | None = None
+        self.folder: Path | None = None
         self.best: Trial | None = None
         self.failed = 0
 
@@ -37,9 +42,13 @@ class Screen:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
+        if isinstance(error, KeyboardInterrupt) and self.folder is not None:
+            raise Interrupted(self.folder) from error
 
     def started(self, folder: Path, done: Sequence[Trial], total: int) -> None:
-        self.bar.console.print(f"run folder {folder}", highlight=False) if not self.bar.disable else None
+        self.folder = folder
+        if not self.bar.disable:
+            self.console.print(f"run folder {folder}", highlight=False)
         self.search = self.bar.add_task("child networks", total=total, completed=len(done), best="")
         self.told(done)
 

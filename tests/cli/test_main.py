@@ -11,7 +11,7 @@ from rlnas_fast.cli import main
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OWN = [
-    "--space=own_parts:TwoLayers", "--task=own_parts:parity", "--evaluator=own_parts:LeastSquares",
+    "--space=own_parts:TwoLayers", "--task=own_parts:bits", "--evaluator=own_parts:LeastSquares",
     "--reward=own_parts:small_is_good", "--strategy=random",
 ]  # fmt: skip
 
@@ -53,7 +53,7 @@ def test_a_file_a_flag_and_set(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         (["search", "--space=chain-cn"], "did you mean 'chain-cnn'"),
         (["search", "--strategy=reinforc"], "did you mean 'reinforce'"),
         (["search", "--trials=-3"], "trials = -3"),
-        (["search", "--trials=x"], "x"),
+        (["search", "--trials=x"], "--trials"),
         (["search", "--set=strategy.learning_rat=1"], "did you mean 'learning_rate'"),
         (["search", "--set=nonsense"], "KEY=VALUE"),
         (["search", "--classes=a,b"], "--classes"),
@@ -98,7 +98,7 @@ def bad_archives() -> dict[str, dict[str, np.ndarray]]:
     holes[0, 0, 0] = np.nan
     return {
         "y_test": {name: array for name, array in good.items() if name != "y_test"},
-        "y_train": good | {"y_train": y.astype(np.float32) + 0.5},
+        "labels": good | {"y_train": y.astype(np.float32) + 0.5},
         "nan": good | {"x_train": holes},
         "class": good | {"y_train": np.zeros(40, dtype=np.int64), "y_test": np.zeros(40, dtype=np.int64)},
     }
