@@ -63,5 +63,5 @@ def current_stream(device_index: int) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """Returns Triton's ``input_precision`` for a product in ``dtype``, following torch's fp32 setting."""
     if dtype is not torch.float32:
-        return "tf32"  # ignored for 16-bit operands
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        return "tf32"  # means nothing for 16-bit operands
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

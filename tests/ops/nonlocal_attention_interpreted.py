@@ -10,8 +10,8 @@ import torch
 
 from rlnas_fast.ops.nonlocal_attention import triton_block, triton_kernels
 
-# Sums of a few hundred terms: float32 stays under 1e-5; float16 rounds operands and results at 2^-11.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
+# Sums of a few hundred terms: float32 stays under 3e-5; float16 rounds operands and results at 2^-11.
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 4e-3}
 
 
 def compare(what: str, found: cases.Tensors, wanted: cases.Tensors, dtype: torch.dtype) -> None:

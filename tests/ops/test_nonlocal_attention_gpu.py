@@ -285,15 +285,15 @@ def test_hopper_build_uses_wgmma_and_spills_nothing(which: str, inner: int) -> N
     assert built.wgmma > 0
 
 
-@pytest.mark.parametrize("pool", [(1, 1, 1), (1, 2, 2)], ids=["full", "pooled"])
-def test_hopper_build_of_the_block(pool: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("pool", [None, (2, 2)], ids=["full", "pooled"])
+def test_hopper_build_of_the_block(pool: tuple[int, int] | None) -> None:
     half, single = torch.bfloat16, torch.float32
-    strides = (256 * 784, 1, 784 * 256, 28 * 256, 256)
-    geometry = triton_block._Geometry((1, 28, 28), pool, strides)
-    common = (32, 256, 128, 128, half, "tf32")
-    forward = triton_block._forward_launches(geometry, strides, *common, True, True, True, True, ())
-    backward = triton_block._backward_launches(geometry, geometry, strides, *common, True, ())[:3]
-    choices = [torch.uint8 if pool != (1, 1, 1) else None] * 2
+    shape, strides = (32, 256, 28, 28), (256 * 784, 1, 28 * 256, 256)
+    signature = (shape, strides, half, "tf32", 128, 128, pool, True, True, True, 0)
+    forward = triton_block._forward_plan(*signature, True, True)
+    backward = triton_block._backward_plan(*signature, strides, True, True)
+    launches = forward.project, forward.attend, backward.back, backward.spread, backward.contribute
+    choices = [torch.uint8 if pool else None] * 2
     tensors = [
         [*[half] * 10, *choices],
         [*[half] * 8, single],
@@ -301,7 +301,7 @@ def test_hopper_build_of_the_block(pool: tuple[int, int, int]) -> None:
         [*[half] * 4, *choices, *[half] * 4],
         [*[half] * 5, *choices, half, single],
     ]
-    for launch, dtypes in zip((*forward, *backward), tensors, strict=True):
+    for launch, dtypes in zip(launches, tensors, strict=True):
         built = cases.compile_for_hopper(launch, dtypes)
         assert built.stack_bytes == 0
         assert built.wgmma > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -99,17 +100,17 @@ def _attention_sizes(theta: torch.Tensor, g: torch.Tensor) -> tuple[int, ...]:
 
 def block_forward(
     x: torch.Tensor, weights: Weights, biases: Biases, pool: list[int], residual: bool, save: bool
-) -> tuple[torch.Tensor, Saved]:
-    """The whole softmax block; ``Saved`` is empty tensors unless ``save``."""
+) -> tuple[torch.Tensor, Saved | None]:
+    """The whole softmax block, and what its backward needs if ``save``."""
     z = torch.empty_like(x)
-    saved = empty_saved(x, weights, pool, save)
+    saved = empty_saved(x, weights, pool) if save else None
     native.cpu().nonlocal_block_forward(
         *_block_arguments(x, weights, biases, pool, residual),
         x.data_ptr(),
         _strides(x),
         z.data_ptr(),
         _strides(z),
-        [tensor.data_ptr() if tensor.numel() else 0 for tensor in saved],
+        _pointers(saved or (None,) * 4),
     )
     return z, saved
 
@@ -122,38 +123,35 @@ def block_backward(
     saved: Saved,
     pool: list[int],
     residual: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
     """Gradients to x, to the four weights and, where there are biases, to them."""
     grad_x = torch.empty_like(x)
-    grad_weights = [torch.empty(weight.shape, dtype=torch.float32) for weight in weights]
-    grad_biases = [torch.empty(bias.shape, dtype=torch.float32) for bias in biases if bias is not None]
-    pointers = [tensor.data_ptr() for tensor in (*grad_weights, *grad_biases)]
+    grad_weights = [torch.empty_like(weight, dtype=torch.float32) for weight in weights]
+    grad_biases = [None if bias is None else torch.empty_like(bias, dtype=torch.float32) for bias in biases]
     native.cpu().nonlocal_block_backward(
         *_block_arguments(x, weights, biases, pool, residual),
         x.data_ptr(),
         _strides(x),
         grad_z.data_ptr(),
         _strides(grad_z),
-        [tensor.data_ptr() if tensor.numel() else 0 for tensor in saved],
+        _pointers(saved),
         grad_x.data_ptr(),
         _strides(grad_x),
-        pointers + [0] * (8 - len(pointers)),
+        _pointers((*grad_weights, *grad_biases)),
     )
     if x.dtype != torch.float32:
         grad_weights = [grad.to(x.dtype) for grad in grad_weights]
-        grad_biases = [grad.to(x.dtype) for grad in grad_biases]
+        grad_biases = [None if grad is None else grad.to(x.dtype) for grad in grad_biases]
     return grad_x, grad_weights, grad_biases
 
 
-def empty_saved(x: torch.Tensor, weights: Weights, pool: list[int], save: bool) -> Saved:
+def empty_saved(x: torch.Tensor, weights: Weights, pool: list[int]) -> Saved:
     """Allocates what the forward fills for the backward."""
     batch, space = x.shape[0], x.shape[2:]
     inner, value = weights[0].shape[0], weights[2].shape[0]
     positions = math.prod(space)
     keys = math.prod(size // window for size, window in zip(space, pool, strict=True))
     flat = {"dtype": torch.float32, "device": x.device}
-    if not save:
-        return Saved(*(torch.empty(0, **flat) for _ in range(3)), torch.empty(0, dtype=torch.uint8, device=x.device))
     pooled = keys if any(window > 1 for window in pool) else 0
     return Saved(
         torch.empty((batch, positions, 2 * inner + value), **flat),
@@ -163,13 +161,16 @@ def empty_saved(x: torch.Tensor, weights: Weights, pool: list[int], save: bool) 
     )
 
 
+def _pointers(tensors: Sequence[torch.Tensor | None]) -> list[int]:
+    """Addresses; 0 for what is absent or empty."""
+    return [0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr() for tensor in tensors]
+
+
 def _block_arguments(
     x: torch.Tensor, weights: Weights, biases: Biases, pool: list[int], residual: bool
 ) -> tuple[object, ...]:
     theta, _, g, _ = weights
     missing = 5 - x.dim()
-    pointers = [weight.data_ptr() for weight in weights]
-    pointers += [0 if bias is None else bias.data_ptr() for bias in biases]
     return (
         (x.shape[0], x.shape[1], theta.shape[0], g.shape[0]),
         (1,) * missing + tuple(x.shape[2:]),
@@ -178,7 +179,7 @@ def _block_arguments(
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
         DTYPES[x.dtype],
-        pointers,
+        _pointers((*weights, *biases)),
     )
 
 

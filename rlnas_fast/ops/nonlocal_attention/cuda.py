@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlnas_fast.ops import native
+from rlnas_fast.ops.nonlocal_attention.cpu import like_queries
 from rlnas_fast.ops.triton_launch import current_stream
 
 __all__ = ["attention_backward", "attention_forward", "unavailable_reason"]
@@ -47,7 +48,7 @@ def attention_backward(
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes the gradients of theta, phi and g from what the forward returned; bitwise reproducible."""
-    gtheta, gphi, gg = (torch.empty_like(tensor) for tensor in (theta, phi, g))
+    gtheta, gphi, gg = (like_queries(tensor, tensor.shape[1]) for tensor in (theta, phi, g))
     if lse.numel() == 0 or phi.numel() == 0 or g.numel() == 0:
         return gtheta.zero_(), gphi.zero_(), gg.zero_()
     delta = torch.empty_like(lse)
@@ -60,14 +61,6 @@ def attention_backward(
         _stream(theta),
     )
     return gtheta, gphi, gg
-
-
-def like_queries(theta: torch.Tensor, width: int) -> torch.Tensor:
-    """Allocates [B, width, N] with channels innermost if theta's are, else positions innermost."""
-    batch, _, queries = theta.shape
-    if theta.stride(1) == 1 and theta.stride(2) != 1:
-        return theta.new_empty((batch, queries, width)).transpose(1, 2)
-    return theta.new_empty((batch, width, queries))
 
 
 def _problem(theta: torch.Tensor, g: torch.Tensor) -> tuple[str, int, tuple[int, int, int, int]]:

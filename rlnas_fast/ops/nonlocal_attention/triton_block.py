@@ -89,31 +89,17 @@ def block_forward(
     Returns:
         z, shaped and laid out as x; and what the backward needs, if ``save``.
     """
-    geometry = _geometry(x, pool)
-    batch, depth, width = x.shape[0], weights.theta.shape[0], weights.g.shape[0]
+    plan = _forward_plan(*_signature(x, weights, pool), residual, save)
     z = torch.empty_like(x)
-    query = x.new_empty((batch, geometry.positions, depth))
-    key = x.new_empty((batch, geometry.keys, depth))
-    value = x.new_empty((batch, geometry.keys, width))
-    key_choice = value_choice = mean = lse = None
+    query, key, value = (x.new_empty(shape) for shape in plan.shapes[:3])
+    mean = lse = key_choice = value_choice = None
     if save:
-        mean = x.new_empty((batch, geometry.positions, width))
-        lse = x.new_empty((batch, geometry.positions), dtype=torch.float32)
-        if geometry.window > 1:
-            key_choice = torch.empty_like(key, dtype=torch.uint8)
-            value_choice = torch.empty_like(value, dtype=torch.uint8)
-    has_bias, has_out_bias = weights.theta_bias is not None, weights.out_bias is not None
-    aligned = _aligned(x, *weights)
-    project, attention = _forward_launches(
-        geometry, _strides(z), batch, x.shape[1], depth, width, x.dtype, dot_precision(x.dtype), has_bias,
-        has_out_bias, residual, save, aligned,
-    )  # fmt: skip
-    stream = current_stream(x.device.index)
-    project(
-        stream, x, weights.theta, weights.phi, weights.g, weights.theta_bias, weights.phi_bias, weights.g_bias,
-        query, key, value, key_choice, value_choice,
-    )  # fmt: skip
-    attention(stream, query, key, value, weights.out, weights.out_bias, x, z, mean, lse)
+        mean, lse = x.new_empty(plan.shapes[3]), x.new_empty(plan.shapes[3][:2], dtype=torch.float32)
+        if plan.pooled:
+            key_choice, value_choice = (x.new_empty(shape, dtype=torch.uint8) for shape in plan.shapes[1:3])
+    stream = current_stream(x.get_device())
+    plan.project(stream, x, *weights[:3], *weights[4:7], query, key, value, key_choice, value_choice)
+    plan.attend(stream, query, key, value, weights.out, weights.out_bias, x, z, mean, lse)
     return z, Saved(query, key, value, mean, lse, key_choice, value_choice) if save else None
 
 
@@ -127,40 +113,35 @@ def block_backward(
     residual: bool,
 ) -> tuple[torch.Tensor, Projections]:
     """Computes the gradients of x and of every weight from what the forward saved."""
-    geometry = _geometry(x, pool)
-    batch, channels = x.shape[:2]
-    depth, width = weights.theta.shape[0], weights.g.shape[0]
-    has_bias, has_out_bias = weights.theta_bias is not None, weights.out_bias is not None
-    aligned = _aligned(x, grad_z, *weights)
-    gx = torch.empty_like(x)
-    grad_mean = torch.empty_like(saved.mean)
-    back, spread, contribute, splits = _backward_launches(
-        geometry, _geometry(grad_z, pool), _strides(gx), batch, channels, depth, width, x.dtype,
-        dot_precision(x.dtype), residual, aligned,
-    )  # fmt: skip
-    stream = current_stream(x.device.index)
-    back(stream, grad_z, weights.out, grad_mean)
-    gquery, gkey, gvalue = (
-        gradient.transpose(1, 2)
-        for gradient in attention_backward(
-            *(each.transpose(1, 2) for each in (grad_mean, *saved[:4])), saved.lse
-        )
+    plan = _backward_plan(*_signature(x, weights, pool), grad_z.stride(), grad_z.data_ptr() % 16 == 0, residual)
+    stream = current_stream(x.get_device())
+    choices = saved.key_choice, saved.value_choice
+    gx, grad_mean = torch.empty_like(x), torch.empty_like(saved.mean)
+    plan.back(stream, grad_z, weights.out, grad_mean)
+    rows = (each.mT for each in (grad_mean, saved.query, saved.key, saved.value, saved.mean))
+    gradients = [gradient.mT for gradient in attention_backward(*rows, saved.lse)]
+    plan.spread(stream, grad_z, *gradients, *choices, *weights[:3], gx)
+    partial = x.new_empty((plan.splits, sum(plan.pieces)), dtype=torch.float32)
+    plan.contribute(stream, x, grad_z, *gradients, *choices, saved.mean, partial)
+    pieces = partial.sum(0).to(x.dtype).split(plan.pieces)
+    return gx, Projections(
+        *(None if weight is None else piece.view_as(weight) for piece, weight in zip(pieces, weights, strict=True))
     )
-    spread(
-        stream, grad_z, gquery, gkey, gvalue, saved.key_choice, saved.value_choice, weights.theta, weights.phi,
-        weights.g, gx,
-    )  # fmt: skip
-    matrices = (2 * depth + 2 * width) * channels
-    partial = x.new_empty((splits, matrices + 2 * depth + width + channels), dtype=torch.float32)
-    contribute(
-        stream, x, grad_z, gquery, gkey, gvalue, saved.key_choice, saved.value_choice, saved.mean, partial
-    )
-    total = partial.sum(0).to(x.dtype)
-    shapes = [weight.shape for weight in weights[:4]] + [(depth,), (depth,), (width,), (channels,)]
-    pieces = total.split([math.prod(shape) for shape in shapes])
-    gradients = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-    kept = [*[True] * 4, *[has_bias] * 3, has_out_bias]
-    return gx, Projections(*(each if keep else None for each, keep in zip(gradients, kept, strict=True)))
+
+
+class _Forward(NamedTuple):
+    project: Launch
+    attend: Launch
+    shapes: tuple[tuple[int, int, int], ...]  # of query, key, value, mean
+    pooled: bool
+
+
+class _Backward(NamedTuple):
+    back: Launch
+    spread: Launch
+    contribute: Launch
+    splits: int
+    pieces: list[int]  # of the reduced weight gradients, in the order of Projections
 
 
 class _Geometry(NamedTuple):
@@ -181,42 +162,37 @@ class _Geometry(NamedTuple):
         return math.prod(self.pooled)
 
     @property
-    def window(self) -> int:
-        return math.prod(self.pool)
-
-    @property
     def flat(self) -> bool:
         """Whether one stride leads from each position to the next."""
-        return _is_flat(self.spatial, self.strides)
+        _, rows, columns = self.spatial
+        _, _, slab, row, stride = self.strides
+        return (rows == 1 or row == columns * stride) and (self.spatial[0] == 1 or slab == rows * columns * stride)
 
 
-def _is_flat(spatial, strides) -> bool:
-    _, rows, columns = spatial
-    _, _, slice_stride, row_stride, stride = strides
-    return (rows == 1 or row_stride == columns * stride) and (
-        spatial[0] == 1 or slice_stride == rows * columns * stride
-    )
-
-
-def _geometry(x: torch.Tensor, pool: tuple[int, ...] | None) -> _Geometry:
-    missing = 5 - x.dim()
-    spatial = (*[1] * missing, *x.shape[2:])
-    window = (*[1] * missing, *(pool or [1] * (x.dim() - 2)))
-    return _Geometry(spatial, window, _strides(x))
-
-
-def _strides(x: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """Strides of [B, C, T, H, W]; a missing dimension repeats what its inner ones span."""
-    strides = list(x.stride()[2:])
-    spatial = list(x.shape[2:])
-    while len(strides) < 3:
-        strides.insert(0, strides[0] * spatial[0])
+def _geometry(shape, strides, pool) -> _Geometry:
+    """Widens to three spatial dimensions; a missing one spans what its inner ones do."""
+    spatial, inner = list(shape[2:]), list(strides[2:])
+    window = list(pool) if pool else [1] * len(spatial)
+    while len(spatial) < 3:
+        inner.insert(0, inner[0] * spatial[0])
         spatial.insert(0, 1)
-    return (*x.stride()[:2], *strides)
+        window.insert(0, 1)
+    return _Geometry(tuple(spatial), tuple(window), (*strides[:2], *inner))
 
 
-def _aligned(*tensors: torch.Tensor | None) -> tuple[bool, ...]:
-    return tuple(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+def _dense_like(shape, strides) -> tuple[int, ...]:
+    """The strides that ``empty_like`` gives."""
+    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
+
+
+def _signature(x, weights, pool):
+    """All that a launch depends on, apart from addresses."""
+    return (
+        x.shape, x.stride(), x.dtype, dot_precision(x.dtype), weights.theta.shape[0], weights.g.shape[0], pool,
+        weights.theta_bias is not None, weights.out_bias is not None,
+        x.data_ptr() % 16 == 0 and all(w is None or w.data_ptr() % 16 == 0 for w in weights),
+        x.get_device(),
+    )  # fmt: skip
 
 
 def _gemm_tiles(dtype: torch.dtype, precision: str) -> Tiles:
@@ -225,13 +201,15 @@ def _gemm_tiles(dtype: torch.dtype, precision: str) -> Tiles:
     return Tiles(64, 64, 4, 3)
 
 
-@functools.lru_cache(maxsize=1024)
-def _forward_launches(
-    geometry, z_strides, batch, channels, depth, width, dtype, precision, has_bias, has_out_bias, residual, save,
-    aligned,
-):  # fmt: skip
+@functools.lru_cache(maxsize=4096)
+def _forward_plan(
+    shape, strides, dtype, precision, depth, width, pool, has_bias, has_out_bias, aligned, device, residual, save
+) -> _Forward:
+    batch, channels = shape[:2]
+    geometry = _geometry(shape, strides, pool)
+    output = _geometry(shape, _dense_like(shape, strides), pool)
     tiles = _gemm_tiles(dtype, precision)
-    positions, keys, pooled = geometry.positions, geometry.keys, geometry.window > 1
+    positions, keys, pooled = geometry.positions, geometry.keys, math.prod(geometry.pool) > 1
     sizes = (batch, channels, depth, width, positions, keys, *geometry.spatial[1:], *geometry.pooled[1:])
     block_o = min(128 if dtype is not torch.float32 else 64, max(chunk(depth), chunk(width)))
     query_rows, key_rows = triton.cdiv(positions, tiles.rows), triton.cdiv(keys, tiles.rows)
@@ -248,31 +226,35 @@ def _forward_launches(
         warps=8 if pooled else tiles.warps,  # the largest value so far and its index live beside the sum
         stages=tiles.stages,
     )  # fmt: skip
-    cut = forward_tiles(depth, width, positions, dtype)
+    cut = forward_tiles(depth, width, positions, dtype, precision)
     block_d, block_e = chunk(depth), chunk(width)
     attention = Launch(
         _attention_kernel,
         (triton.cdiv(positions, cut.rows) * batch, 1, 1),
-        (positions, keys, depth, width, channels, *geometry.spatial[1:], *geometry.strides, *z_strides),
+        (positions, keys, depth, width, channels, *geometry.spatial[1:], *geometry.strides, *output.strides),
         {
             "BLOCK_N": cut.rows, "BLOCK_M": cut.columns, "BLOCK_D": block_d, "BLOCK_E": block_e,
             "BLOCK_C": min(tiles.columns, 64), "EVEN_D": depth == block_d, "EVEN_E": width == block_e,
-            "FLAT": geometry.flat, "Z_FLAT": _is_flat(geometry.spatial, z_strides),
+            "FLAT": geometry.flat, "Z_FLAT": output.flat,
             "HAS_BIAS": has_out_bias, "RESIDUAL": residual, "SAVE": save, "PRECISION": precision,
         },
         warps=cut.warps,
         stages=cut.stages,
     )  # fmt: skip
-    return project, attention
+    shapes = (batch, positions, depth), (batch, keys, depth), (batch, keys, width), (batch, positions, width)
+    return _Forward(project, attention, shapes, pooled)
 
 
-@functools.lru_cache(maxsize=1024)
-def _backward_launches(
-    geometry, grad, gx_strides, batch, channels, depth, width, dtype, precision, residual, aligned
-):  # fmt: skip
+@functools.lru_cache(maxsize=4096)
+def _backward_plan(
+    shape, strides, dtype, precision, depth, width, pool, has_bias, has_out_bias, aligned, device, grad_strides,
+    grad_aligned, residual,
+) -> _Backward:  # fmt: skip
+    batch, channels = shape[:2]
+    geometry, grad = (_geometry(shape, each, pool) for each in (strides, grad_strides))
+    output = _geometry(shape, _dense_like(shape, strides), pool)
     tiles = _gemm_tiles(dtype, precision)
     positions, keys = geometry.positions, geometry.keys
-    spatial, pooled = geometry.spatial[1:], geometry.pooled[1:]
     shared = {
         "BLOCK_C": tiles.columns, "POOL_T": geometry.pool[0], "POOL_H": geometry.pool[1],
         "POOL_W": geometry.pool[2], "PRECISION": precision,
@@ -282,7 +264,7 @@ def _backward_launches(
     back = Launch(
         _grad_mean_kernel,
         (row_tiles * batch, triton.cdiv(width, block_e), 1),
-        (positions, channels, width, *spatial, *grad.strides),
+        (positions, channels, width, *geometry.spatial[1:], *grad.strides),
         {
             "BLOCK_P": tiles.rows, "BLOCK_C": tiles.columns, "BLOCK_E": block_e, "FLAT": grad.flat,
             "PRECISION": precision,
@@ -293,10 +275,10 @@ def _backward_launches(
     spread = Launch(
         _input_gradient_kernel,
         (row_tiles * batch, triton.cdiv(channels, 64), 1),
-        (positions, keys, channels, depth, width, *geometry.spatial, *geometry.pooled, *grad.strides, *gx_strides),
+        (positions, keys, channels, depth, width, *geometry.spatial, *geometry.pooled, *grad.strides, *output.strides),
         {
             **shared, "BLOCK_P": tiles.rows, "BLOCK_C": 64, "BLOCK_K": tiles.columns, "RESIDUAL": residual,
-            "FLAT": grad.flat, "X_FLAT": _is_flat(geometry.spatial, gx_strides),
+            "FLAT": grad.flat, "X_FLAT": output.flat,
         },
         warps=tiles.warps,
         stages=tiles.stages,
@@ -322,7 +304,8 @@ def _backward_launches(
         warps=4,
         stages=tiles.stages,
     )  # fmt: skip
-    return back, spread, contribute, splits
+    pieces = [depth * channels] * 2 + [width * channels] * 2 + [depth, depth, width, channels]
+    return _Backward(back, spread, contribute, splits, pieces)
 
 
 @triton.jit

@@ -18,14 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
-from rlnas_fast.ops.nonlocal_attention.cuda import like_queries
+from rlnas_fast.ops.nonlocal_attention.cpu import like_queries
 from rlnas_fast.ops.triton_launch import Launch, current_stream, dot_precision
 
 __all__ = ["Tiles", "attention_backward", "attention_forward", "unavailable_reason"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # An exact fp32 product keeps its operands in registers, not in shared memory: it needs smaller pieces.
-LARGEST_CHUNK = {"tf32": 256, "ieee": 64}
+LARGEST_CHUNK = {"tf32": 256, "ieee": 32}
 
 
 class Tiles(NamedTuple):
@@ -37,6 +37,7 @@ class Tiles(NamedTuple):
     stages: int
 
 
+@functools.cache
 def unavailable_reason() -> str | None:
     """Returns why these kernels cannot run here, or None when they can."""
     if not torch.cuda.is_available():
@@ -85,7 +86,7 @@ def attention_backward(
     key_tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes the gradients of theta, phi and g from what the forward returned."""
-    gtheta, gphi, gg = (torch.empty_like(tensor) for tensor in (theta, phi, g))
+    gtheta, gphi, gg = (like_queries(tensor, tensor.shape[1]) for tensor in (theta, phi, g))
     if lse.numel() == 0 or phi.numel() == 0 or g.numel() == 0:
         return gtheta.zero_(), gphi.zero_(), gg.zero_()
     delta = torch.empty_like(lse)
@@ -127,8 +128,13 @@ def _channel_constants(depth: int, width: int, precision: str) -> dict[str, int 
     }
 
 
-def forward_tiles(depth: int, width: int, queries: int, dtype: torch.dtype) -> Tiles:
+EXACT = Tiles(32, 16, 4, 1)
+
+
+def forward_tiles(depth: int, width: int, queries: int, dtype: torch.dtype, precision: str) -> Tiles:
     """Chooses the forward tiles (measured on an H200)."""
+    if precision == "ieee":
+        return EXACT
     channels = max(chunk(depth), chunk(width))
     if dtype is torch.float32:
         return Tiles(64, 32, 4, 2) if channels <= 64 else Tiles(64, 32, 8, 1)
@@ -137,16 +143,20 @@ def forward_tiles(depth: int, width: int, queries: int, dtype: torch.dtype) -> T
     return {256: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 3)}.get(channels, Tiles(128, 64, 4, 3))
 
 
-def query_tiles(depth: int, width: int, dtype: torch.dtype) -> Tiles:
+def query_tiles(depth: int, width: int, dtype: torch.dtype, precision: str) -> Tiles:
     """Chooses the tiles of the backward pass over queries (measured on an H200)."""
+    if precision == "ieee":
+        return EXACT
     channels = max(chunk(depth), chunk(width))
     if dtype is torch.float32:
         return Tiles(32, 32, 4, 1) if channels <= 128 else Tiles(32, 16, 8, 1)
     return {256: Tiles(64, 32, 8, 2), 128: Tiles(64, 64, 4, 2)}.get(channels, Tiles(64, 64, 4, 3))
 
 
-def key_tiles(depth: int, width: int, dtype: torch.dtype) -> Tiles:
+def key_tiles(depth: int, width: int, dtype: torch.dtype, precision: str) -> Tiles:
     """Chooses the tiles of the backward pass over keys (measured on an H200)."""
+    if precision == "ieee":
+        return EXACT
     channels = max(chunk(depth), chunk(width))
     if dtype is torch.float32:
         return Tiles(32, 32, 4, 1) if channels <= 128 else Tiles(32, 16, 8, 1)
@@ -165,7 +175,7 @@ def _forward_launch(
 ) -> Launch:
     batch, depth, queries = theta.shape
     width, keys = g.shape[1:]
-    tiles = tiles or forward_tiles(depth, width, queries, dtype)
+    tiles = tiles or forward_tiles(depth, width, queries, dtype, precision)
     constants = _channel_constants(depth, width, precision)
     return Launch(
         _forward_kernel,
@@ -191,7 +201,7 @@ def _query_launch(
 ) -> Launch:
     batch, depth, queries = theta.shape
     width, keys = g.shape[1:]
-    tiles = tiles or query_tiles(depth, width, dtype)
+    tiles = tiles or query_tiles(depth, width, dtype, precision)
     constants = _channel_constants(depth, width, precision)
     strides = (layout.strides for layout in (theta, phi, g, grad_y, y, gtheta))
     return Launch(
@@ -218,7 +228,7 @@ def _key_launch(
 ) -> Launch:
     batch, depth, queries = theta.shape
     width, keys = g.shape[1:]
-    tiles = tiles or key_tiles(depth, width, dtype)
+    tiles = tiles or key_tiles(depth, width, dtype, precision)
     constants = _channel_constants(depth, width, precision)
     strides = (layout.strides for layout in (theta, phi, g, grad_y, gphi, gg))
     return Launch(
