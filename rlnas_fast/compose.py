@@ -32,14 +32,23 @@ from .search import rewards
 COMPONENTS: dict[str, dict[str, str]] = {
     "space": {
         "chain-cnn": "rlnas_fast.spaces.chain_cnn:ChainCNN",
+        "macro-cnn": "rlnas_fast.spaces.macro_cnn:MacroCNN",
+        "cell-201": "rlnas_fast.spaces.cell_201:Cell201",
+        "nasbench-macro": "rlnas_fast.spaces.nasbench_macro:NasBenchMacro",
     },
     "task": {
         "digits": "rlnas_fast.tasks.digits:digits",
         "npz": "rlnas_fast.tasks.npz:npz",
+        "mnist": "rlnas_fast.tasks.named:mnist",
+        "fashion-mnist": "rlnas_fast.tasks.named:fashion_mnist",
+        "cifar10": "rlnas_fast.tasks.named:cifar10",
+        "cifar10-jpeg": "rlnas_fast.tasks.named:cifar10_jpeg",
     },
     "strategy": {
         "random": "rlnas_fast.strategies.random:RandomSearch",
         "reinforce": "rlnas_fast.strategies.reinforce:Reinforce",
+        "evolution": "rlnas_fast.strategies.evolution:Evolution",
+        "local-search": "rlnas_fast.strategies.local_search:LocalSearch",
     },
     "reward": {
         "accuracy": "rlnas_fast.search.rewards:accuracy",
@@ -52,6 +61,12 @@ COMPONENTS: dict[str, dict[str, str]] = {
     },
     "evaluator": {
         "train-child": "rlnas_fast.evaluators.train_child:TrainChild",
+        "tabular": "rlnas_fast.evaluators.tabular:Tabular",
+    },
+    "meter": {
+        "wall-clock": "rlnas_fast.hardware.wall_clock:WallClockMeter",
+        "cuda-events": "rlnas_fast.hardware.cuda_events:CudaEventMeter",
+        "replay": "rlnas_fast.hardware.replay:ReplayMeter",
     },
 }
 
@@ -61,11 +76,14 @@ LIMITS = {
     "max_flops": ("flops", 1.0),
 }
 
+TABLE_SPEC = search.TaskSpec((3, 32, 32), 10)  # a table needs no data; its networks were trained on CIFAR
+
 PROTOCOLS: dict[str, type] = {
     "space": search.SearchSpace,
     "strategy": search.Strategy,
     "reward": search.Reward,
     "evaluator": search.Evaluator,
+    "meter": search.Meter,
 }
 
 
@@ -99,8 +117,9 @@ class SearchConfig(BaseModel):
     space: Named = Component(name="chain-cnn")
     task: Named = Component(name="digits")
     strategy: Named = Component(name="reinforce")
-    reward: Named = Component(name="soft")
+    reward: Named | None = None  # soft where latency is measured, else accuracy
     evaluator: Named = Component(name="train-child")
+    meter: Named | None = None  # that of the device
     recipe: dict[str, Any] = {}
     trials: Annotated[int, Field(ge=1)] = 24
     batch_size: Annotated[int, Field(ge=1)] = 6
@@ -108,7 +127,11 @@ class SearchConfig(BaseModel):
     epochs: Annotated[int, Field(ge=1)] = 12
     child_seconds: Positive | None = None
     device: str = "auto"
-    threads: Annotated[int, Field(ge=1)] | None = None
+    devices: tuple[str, ...] = ()
+    workers: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1)] = 1
+    child_timeout_seconds: Positive | None = None
+    child_memory_bytes: Annotated[int, Field(ge=1)] | None = None
     target_latency_ms: Positive | None = None
     max_latency_ms: Positive | None = None
     max_params: Positive | None = None
@@ -128,6 +151,10 @@ class SearchConfig(BaseModel):
                 f"max_latency_ms = {self.max_latency_ms}: "
                 "give a target at or below the limit"
             )
+        if self.devices and self.workers not in (1, len(self.devices)):
+            raise ValueError(
+                f"workers = {self.workers} with {len(self.devices)} devices: each device has one worker"
+            )
         return self
 
     @property
@@ -139,11 +166,11 @@ class SearchConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Parts:
-    """A search ready to run."""
+    """A search ready to run; ``config`` has the defaults that depend on the other parts filled in."""
 
     config: SearchConfig
+    task_spec: search.TaskSpec
     space: search.SearchSpace
-    task: Any
     strategy: search.Strategy
     reward: search.Reward
     evaluator: search.Evaluator
@@ -165,8 +192,11 @@ def read_config(settings: Mapping[str, Any], file: Path | None = None) -> Search
     for path, value in settings.items():
         _assign(merged, path, value)
     for kind in COMPONENTS:
-        if isinstance(merged.get(kind), Mapping):  # options of the default component need not name it
-            merged[kind] = {"name": SearchConfig.model_fields[kind].default.name} | dict(merged[kind])
+        default = SearchConfig.model_fields[kind].default or (
+            Component(name="soft") if kind == "reward" else None
+        )
+        if default and isinstance(merged.get(kind), Mapping):  # options of the default need not name it
+            merged[kind] = {"name": default.name} | dict(merged[kind])
     try:
         return SearchConfig.model_validate(merged)
     except ValidationError as error:
@@ -176,19 +206,22 @@ def read_config(settings: Mapping[str, Any], file: Path | None = None) -> Search
 def build(config: SearchConfig, objects: Mapping[str, Any] | None = None) -> Parts:
     """Composes a search.  ``objects`` (by kind) take the place of what the configuration names."""
     given = dict(objects or {})
-    task = given.get("task") or make("task", config.task)
-    space = _part("space", given, config.space, task.spec)
+    tabular = config.evaluator.name == "tabular" and "evaluator" not in given
+    task = None if tabular else given.get("task") or make("task", config.task)
+    task_spec = TABLE_SPEC if task is None else task.spec
+    space = _part("space", given, config.space, task_spec)
     strategy = _part("strategy", given, config.strategy, space, seed=config.seed)
-    reward = _reward(config, given)
-    device = resolve_device(config.device)
+    devices = [resolve_device(name) for name in config.devices or (config.device,)]
     if "evaluator" in given or config.evaluator.name != "train-child":
         evaluator = _part("evaluator", given, config.evaluator, space, task)
     else:
-        evaluator = _train_child(config, space, task, device)
+        evaluator = _train_child(config, space, task, devices[0])
+    if config.reward is None:
+        name = "soft" if "latency_s" in _provided(evaluator) else "accuracy"
+        config = config.model_copy(update={"reward": Component(name=name)})
+    reward = _reward(config, given)
     _check_needs(reward, evaluator)
-    from .executors.serial import Serial
-
-    return Parts(config, space, task, strategy, reward, evaluator, Serial())
+    return Parts(config, task_spec, space, strategy, reward, evaluator, _executor(config, devices))
 
 
 def make(kind: str, component: Component, *arguments: Any, **fixed: Any) -> Any:
@@ -304,6 +337,7 @@ def _members(protocol: type) -> list[str]:
 
 def _reward(config: SearchConfig, given: Mapping[str, Any]) -> search.Reward:
     component = config.reward
+    assert component is not None
     if config.target_latency_ms is not None:
         if "reward" in given or "target" not in options_of(find("reward", component.name)):
             raise ConfigError(
@@ -315,6 +349,23 @@ def _reward(config: SearchConfig, given: Mapping[str, Any]) -> search.Reward:
     return rewards.limited(reward, config.limits) if config.limits else reward
 
 
+def _executor(config: SearchConfig, devices: list[str]) -> search.Executor:
+    """In this process, or in workers where there are several, or limits that only a process can keep."""
+    from .executors.process_pool import ProcessPool
+    from .executors.serial import Serial
+
+    workers = max(config.workers, len(devices))
+    if workers == 1 and config.child_timeout_seconds is None and config.child_memory_bytes is None:
+        return Serial()
+    return ProcessPool(
+        workers,
+        devices=devices,
+        threads_per_worker=config.threads,
+        timeout_seconds=config.child_timeout_seconds,
+        memory_limit_bytes=config.child_memory_bytes,
+    )
+
+
 def _with_options(component: Component, **options: Any) -> Component:
     return component.model_copy(update={"options": component.options | options})
 
@@ -322,34 +373,43 @@ def _with_options(component: Component, **options: Any) -> Component:
 def _train_child(config: SearchConfig, space: Any, task: Any, device: str) -> search.Evaluator:
     from .evaluators.train_child import TrainChild
     from .hardware import meter_for
+    from .hardware.exclusion import training
+    from .hardware.identity import device_identity
     from .training.recipe import Recipe
 
     if not hasattr(space, "build"):
         raise ConfigError(f"space {space.name!r} cannot be trained: it has no build(architecture, task_spec)")
-    recipe = Recipe(**check_options("recipe", Recipe, config.recipe))
     options = check_options(
-        "evaluator 'train-child'",
-        TrainChild,
-        config.evaluator.options,
-        skip=3,
-        fixed={"device": device, "meter": None, "threads": config.threads},
-    )
+        "evaluator 'train-child'", TrainChild, config.evaluator.options, skip=6,
+        fixed=dict.fromkeys(("turn", "environment")),
+    )  # fmt: skip
     trainer: search.Evaluator = TrainChild(
-        space, task, recipe, device=device, meter=meter_for(device), threads=config.threads, **options
+        space,
+        task,
+        Recipe(**check_options("recipe", Recipe, config.recipe)),
+        device,
+        meter_for(device) if config.meter is None else make("meter", config.meter),
+        config.threads,
+        turn=training,
+        environment=device_identity(device),
+        **options,
     )
     return trainer
 
 
+def _provided(evaluator: search.Evaluator) -> tuple[str, ...]:
+    """What the evaluator says it measures; nothing where it does not say."""
+    return tuple(evaluator.provides()) if hasattr(evaluator, "provides") else ()
+
+
 def _check_needs(reward: search.Reward, evaluator: search.Evaluator) -> None:
     """Refuses to start where the evaluator says what it measures and something needed is not in it."""
-    if not hasattr(evaluator, "provides"):
-        return
-    provided = sorted(evaluator.provides())
+    provided = _provided(evaluator)
     absent = [name for name in reward.needs if name not in provided]
-    if absent:
+    if provided and absent:
         raise ConfigError(
             f"the reward needs {absent[0]!r}, which cannot be measured here; choose another reward or cost "
-            f"(this evaluator measures {', '.join(provided)})"
+            f"(this evaluator measures {', '.join(sorted(provided))})"
         )
 
 

@@ -8,6 +8,7 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,8 @@ PACKAGES = ("torch", "numpy")
 class Progress(Protocol):
     """Hears how a run goes on; what the command line draws."""
 
+    def note(self, text: str) -> None: ...
+
     def started(self, folder: Path, done: Sequence[Trial], total: int) -> None: ...
 
     def measured(self, position: int, measurement: Measurement, seconds: float) -> None: ...
@@ -41,6 +44,8 @@ class Progress(Protocol):
 
 class Silent:
     """Progress that nobody watches."""
+
+    def note(self, text: str) -> None: ...
 
     def started(self, folder: Path, done: Sequence[Trial], total: int) -> None: ...
 
@@ -104,7 +109,7 @@ def start(
     """Starts a new run in ``out``, which must not hold anything yet."""
     parts = build(config, objects)
     folder = _new_folder(Path(out) if out else None, config)
-    _write(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    _save_config(parts.config, folder)
     return _go_on(parts, folder, progress or Silent(), replay=True)
 
 
@@ -120,7 +125,7 @@ def resume(
     config = saved_config(folder, settings)
     parts = build(config, objects)
     if settings:
-        _write(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+        _save_config(config, folder)
     return _go_on(parts, folder, progress or Silent(), replay=not continue_from_log)
 
 
@@ -167,33 +172,38 @@ def versions() -> dict[str, str]:
 
 def _go_on(parts: Parts, folder: Path, progress: Progress, *, replay: bool) -> RunResult:
     config = parts.config
-    with SqliteLog(folder / "trials.sqlite", durability=config.durability) as log:
+    with ExitStack() as stack:
+        if hasattr(parts.executor, "close"):
+            stack.callback(parts.executor.close)
+        log = stack.enter_context(SqliteLog(folder / "trials.sqlite", durability=config.durability))
+        cache = stack.enter_context(SqliteCache(config.cache or folder / "measurements.sqlite"))
         started_with = json.loads(log.meta.get("versions", "{}")) or versions()
         log.meta["versions"] = json.dumps(started_with)
         done = log.read()
+        for note in log.notes:
+            progress.note(note)
         progress.started(folder, done, config.trials)
-        with SqliteCache(config.cache or folder / "measurements.sqlite") as cache:
-            try:
-                result = search.run_search(
-                    space=parts.space,
-                    strategy=parts.strategy,
-                    evaluator=parts.evaluator,
-                    reward=parts.reward,
-                    executor=parts.executor,
-                    log=log,
-                    cache=cache,
-                    trials=config.trials,
-                    batch_size=config.batch_size,
-                    budget=Budget(config.epochs, config.child_seconds),
-                    seed=config.seed,
-                    max_seconds=config.max_seconds,
-                    replay=replay,
-                    on_measured=progress.measured,
-                    on_trials=progress.told,
-                )
-            except ReplayMismatch as error:
-                raise ReplayMismatch(f"{error}{_changed(started_with)}") from error
-    return _finish(parts, folder, result, progress)
+        try:
+            result = search.run_search(
+                space=parts.space,
+                strategy=parts.strategy,
+                evaluator=parts.evaluator,
+                reward=parts.reward,
+                executor=parts.executor,
+                log=log,
+                cache=cache,
+                trials=config.trials,
+                batch_size=config.batch_size,
+                budget=Budget(config.epochs, config.child_seconds),
+                seed=config.seed,
+                max_seconds=config.max_seconds,
+                replay=replay,
+                on_measured=progress.measured,
+                on_trials=progress.told,
+            )
+        except ReplayMismatch as error:
+            raise ReplayMismatch(f"{error}{_changed(started_with)}") from error
+        return _finish(parts, folder, result, progress)
 
 
 def _finish(parts: Parts, folder: Path, result: search.SearchResult, progress: Progress) -> RunResult:
@@ -262,7 +272,7 @@ def _best(
         "choices": list(chosen.architecture.choices),
         "key": chosen.key,
         "network": parts.space.describe(chosen.architecture),
-        "task_spec": asdict(parts.task.spec),
+        "task_spec": asdict(parts.task_spec),
         "evaluator": parts.config.evaluator.name,
         "trial": chosen.number,
         "reward": chosen.reward,
@@ -354,6 +364,10 @@ def _read_best(folder: Path) -> dict[str, Any]:
             f"{folder} has no winner to load ({error}); finish it with `rlnas resume {folder}`"
         ) from error
     return best
+
+
+def _save_config(config: SearchConfig, folder: Path) -> None:
+    _write(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
 
 
 def _save_weights(module: Any, file: Path) -> None:

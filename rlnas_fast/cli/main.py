@@ -69,12 +69,18 @@ def search(
     reward: Annotated[str | None, typer.Option(help="What counts; see `rlnas rewards`.")] = None,
     evaluator: Annotated[str | None, typer.Option(help="Who measures; see `rlnas evaluators`.")] = None,
     data: Annotated[Path | None, typer.Option(help="The file of a task or table that reads one.")] = None,
+    reward_column: Annotated[str | None, typer.Option(help="Of a table: what the search sees.")] = None,
+    score_column: Annotated[str | None, typer.Option(help="Of a table: what its pick is scored by.")] = None,
+    latency_column: Annotated[str | None, typer.Option(help="Of a table, e.g. latency_ms:1080ti_1.")] = None,
     classes: Annotated[str | None, typer.Option(help="Only these classes, e.g. 0,1,2.")] = None,
     trials: Annotated[int | None, typer.Option(help="How many child networks.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="How many are asked for at a time.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Training of a child.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0, ... or auto.")] = None,
+    devices: Annotated[str | None, typer.Option(help="One worker on each, e.g. cuda:0,cuda:1.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Children trained side by side.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each child.")] = None,
     target_latency_ms: Annotated[float | None, typer.Option(help="Latency the reward aims at.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Hard limit.")] = None,
     max_params: Annotated[float | None, typer.Option(help="Hard limit.")] = None,
@@ -93,13 +99,16 @@ def search(
     given: dict[str, Any] = {
         "space": space, "task": task, "strategy": strategy, "reward": reward, "evaluator": evaluator,
         "trials": trials, "batch_size": batch_size, "epochs": epochs, "seed": seed, "device": device,
+        "devices": devices.split(",") if devices else None, "workers": workers, "threads": threads,
+        "evaluator.reward_column": reward_column, "evaluator.score_column": score_column,
+        "evaluator.latency_column": latency_column,
         "target_latency_ms": target_latency_ms, "max_latency_ms": max_latency_ms, "max_params": max_params,
         "max_flops": max_flops, "max_seconds": max_seconds, "durability": durability,
         "cache": str(cache) if cache else None,
         "task.classes": _integers("--classes", classes),
     }  # fmt: skip
     if data is not None:
-        given["evaluator.path" if evaluator == "tabular" else "task.path"] = str(data)
+        given["evaluator.data" if evaluator == "tabular" else "task.path"] = str(data)
     given = {name: value for name, value in given.items() if value is not None}
     given.update(_settings(settings))
     from ..compose import read_config

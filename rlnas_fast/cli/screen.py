@@ -45,6 +45,10 @@ class Screen:
         if isinstance(error, KeyboardInterrupt) and self.folder is not None:
             raise Interrupted(self.folder) from error
 
+    def note(self, text: str) -> None:
+        """Says what a user should know, on a terminal or not."""
+        self.console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+
     def started(self, folder: Path, done: Sequence[Trial], total: int) -> None:
         self.folder = folder
         if not self.bar.disable:

@@ -85,6 +85,8 @@ class TrainChild:
         other = copy.copy(self)
         other._device = torch.device(device)
         other._data = None
+        if hasattr(self._meter, "on_device"):
+            other._meter = self._meter.on_device(device)
         return other
 
     def identity(self) -> Mapping[str, str]:
@@ -112,7 +114,7 @@ class TrainChild:
             "train_seconds",
             "parameters",
             "flops",
-            *(() if self._meter is None else ("latency_s",)),
+            *(() if self._meter is None else getattr(self._meter, "provides", lambda: ("latency_s",))()),
         )
 
     def evaluate(self, request: Request) -> Measurement:

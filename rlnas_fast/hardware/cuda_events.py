@@ -55,6 +55,11 @@ class CudaEventMeter:
         other._device = device
         return other
 
+    def provides(self) -> tuple[str, ...]:
+        """Names of the costs it measures; energy only where a window for it was given."""
+        energy = ("energy_j", "power_w") if self._energy_seconds is not None else ()
+        return ("latency_s", "peak_memory_bytes", *energy)
+
     def measure(self, call: Callable[[], Any]) -> Cost:
         """Median latency with 10th and 90th percentile, peak memory, and energy if it was asked for."""
         import torch
