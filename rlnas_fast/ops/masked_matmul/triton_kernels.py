@@ -49,6 +49,7 @@ def forward(
     weight: torch.Tensor,
     mask: TileTensors,
     bias: torch.Tensor | None,
+    int8_activations: bool = False,
     *,
     blocks: Blocks | None = None,
 ) -> torch.Tensor:
@@ -59,10 +60,15 @@ def forward(
         weight: [N, K], contiguous.
         mask: what to read of the weight.
         bias: [N] or None, added in y's own order of features.
+        int8_activations: int8 tiles see x rounded to 127 steps of its row's largest magnitude.
         blocks: how to cut the work, for measurements; chosen by shape otherwise.
     """
     y = x.new_empty((x.shape[0], mask.shape[0]))
-    _product(x, weight, mask, bias, y, False, blocks)
+    rounded = None
+    if int8_activations and mask.payload is not None:
+        x = x.contiguous()
+        rounded = _rounded_rows(x)
+    _product(x, rounded, weight, mask, bias, y, False, blocks)
     return y
 
 
@@ -71,7 +77,7 @@ def grad_input(
 ) -> torch.Tensor:
     """Computes gx = gy (W o M) over the column lists."""
     grad_x = grad_y.new_empty((grad_y.shape[0], mask.shape[1]))
-    _product(grad_y, weight, mask, None, grad_x, True, blocks)
+    _product(grad_y, None, weight, mask, None, grad_x, True, blocks)
     return grad_x
 
 
@@ -97,8 +103,15 @@ def grad_weight(
     return grad
 
 
+def _rounded_rows(x: torch.Tensor) -> torch.Tensor:
+    largest = x.abs().amax(dim=1, keepdim=True).float() if x.shape[1] else x.new_ones((x.shape[0], 1)).float()
+    inverse = torch.where(largest > 0, 127 / largest, 0.0)
+    return ((x * inverse).round() * (largest / 127)).to(x.dtype)
+
+
 def _product(
     source: torch.Tensor,
+    rounded: torch.Tensor | None,
     weight: torch.Tensor,
     mask: TileTensors,
     bias: torch.Tensor | None,
@@ -112,14 +125,14 @@ def _product(
     gather, scatter = mask.input_permutation, mask.output_permutation
     if transposed:
         gather, scatter = scatter, gather
-    optional = (mask.bits, mask.payload, gather, scatter, bias)
+    optional = (rounded, mask.bits, mask.payload, gather, scatter, bias)
     launch = _product_launch(
         mask.shape, mask.tile, transposed, source.shape[0], source.stride(0), source.dtype,
         dot_precision(source.dtype), tuple(tensor is not None for tensor in optional), blocks,
     )  # fmt: skip
     launch(
-        current_stream(source.device.index or 0), source, weight, mask.bits, mask.payload, mask.scale, count, tiles,
-        gather, scatter, bias, out,
+        current_stream(source.device.index or 0), source, rounded, weight, mask.bits, mask.payload, mask.scale, count,
+        tiles, gather, scatter, bias, out,
     )  # fmt: skip
 
 
@@ -302,8 +315,8 @@ def _add_list(accumulator, source, batch_offsets, weight, bits, scale, tiles, ga
 
 
 @triton.jit
-def _product_kernel(source, weight, bits, payload, scale, count, tiles, gather, scatter, bias, out, batch, out_count,
-                    ins, source_stride, weight_o, weight_i, scale_o, scale_i, words, capacity, TILE_O: tl.constexpr,
+def _product_kernel(source, rounded, weight, bits, payload, scale, count, tiles, gather, scatter, bias, out, batch,
+                    out_count, ins, source_stride, weight_o, weight_i, scale_o, scale_i, words, capacity, TILE_O: tl.constexpr,
                     TILE_I: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
                     EVEN_O: tl.constexpr, EVEN_I: tl.constexpr, TRANSPOSED: tl.constexpr,
                     WEIGHT_LEFT: tl.constexpr, PRECISION: tl.constexpr):
@@ -329,7 +342,8 @@ def _product_kernel(source, weight, bits, payload, scale, count, tiles, gather, 
                             False, PRECISION)
     if payload is not None:
         int8 = tl.load(count + 2 * row_tile + 1)
-        accumulator = _add_list(accumulator, source, offsets, payload, bits, scale + row_tile * scale_o, tiles + keep,
+        seen = source if rounded is None else rounded
+        accumulator = _add_list(accumulator, seen, offsets, payload, bits, scale + row_tile * scale_o, tiles + keep,
                                 gather, rows, int8 * TILE_I, ins, weight_o, weight_i, scale_i, words, TILE_I, BLOCK_I,
                                 EVEN_I, TRANSPOSED, WEIGHT_LEFT, True, PRECISION)
     features = outs if scatter is None else tl.load(scatter + outs, real, other=0)

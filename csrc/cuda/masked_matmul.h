@@ -1,0 +1,49 @@
+// What the CUDA kernels of masked_matmul take: raw pointers and sizes, in the words of tile_mask.py.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace rlnas {
+
+enum class Element { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct MaskSizes {
+  int rows, columns;            // N, K
+  int tile_rows, tile_columns;  // R, C
+  int row_tiles, column_tiles;  // TN, TK
+  int words;                    // W
+};
+
+struct MaskPointers {
+  uint8_t* state;
+  uint32_t* bits;  // or null
+  int32_t *row_count, *row_list, *column_count, *column_list;
+  int64_t* stats;
+  const int8_t* payload;  // or null
+  const float* scale;
+  const int32_t *input_permutation, *output_permutation;  // or null
+};
+
+struct ProductPointers {
+  const void *x, *weight, *bias;  // bias may be null
+  void* y;
+};
+
+// Counts, lists and stats from state and bits; stats start from what they hold unless cleared.
+void update_lists(const MaskPointers& mask, const MaskSizes& sizes, cudaStream_t stream, bool clear_stats);
+
+// bool [N, K] to bits and state, then update_lists.
+void pack_mask(const uint8_t* dense, const MaskPointers& mask, const MaskSizes& sizes, cudaStream_t stream);
+
+// y for 1 to 8 rows of x.  K, C and x_stride fill 16 bytes, pointers are aligned to 16, R is a multiple of 4.
+void few_rows(const ProductPointers& pointers, const MaskPointers& mask, const MaskSizes& sizes, int batch,
+              int64_t x_stride, Element element, cudaStream_t stream);
+
+// y on sm_90a for float16 and bfloat16.  R and C are multiples of 64, K is one of 64, no int8 tiles, no input
+// permutation, pointers and rows of x aligned to 16 bytes.
+void hopper_tiles(const ProductPointers& pointers, const MaskPointers& mask, const MaskSizes& sizes, int batch,
+                  int64_t x_stride, Element element, cudaStream_t stream);
+
+}  // namespace rlnas

@@ -1,0 +1,347 @@
+// y = x (W o M)^T on sm_90a: live tiles arrive by bulk copies, bits are applied on the way to the tensor cores.
+//
+// A block makes y^T for kRows features by kBatch samples.  Warp 8 copies 64 in-features at a time of W and x into a
+// ring; two warpgroups multiply.  W is the left operand and passes through registers, where one prmt an operand
+// register turns two mask bits into an AND mask: the mask costs no tensor-core time and 1/16 of the weight's bytes.
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/masked_matmul.h"
+
+namespace rlnas {
+namespace {
+
+constexpr int kStep = 64;                     // in-features of a copy: 128 bytes, the swizzle's row
+constexpr int kConsumers = 256, kThreads = kConsumers + 32;
+constexpr int kRing = 200 * 1024;             // bytes of shared memory at most
+constexpr int kRowBytes = kStep * 2;
+
+template <int kRows>
+struct Shape {
+  static constexpr int kBatch = kRows == 128 ? 128 : 256;
+  static constexpr int kWeightBytes = kRows * kRowBytes, kInputBytes = kBatch * kRowBytes;
+  static constexpr int kStageBytes = kWeightBytes + kInputBytes;
+  static constexpr int kStages = kRing / kStageBytes;
+  static constexpr int kPitch = kRows + 8;    // of the result's tile; the padding avoids bank conflicts
+  static constexpr int kSharedBytes = kStages * kStageBytes + 1024;
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+__device__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+
+__device__ void barrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+
+__device__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ void copy_box(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
+      "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+__device__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
+// 64 rows of 16 in-features times 16 in-features of 128 samples.
+template <typename T>
+__device__ void multiply(float (&d)[64], const uint32_t* a, uint64_t b) {
+#define RLNAS_WGMMA(TYPE)                                                                                              \
+  asm volatile(                                                                                                        \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                                                     \
+      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
+      "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"   \
+      "%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"                                          \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),    \
+        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),         \
+        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),        \
+        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),        \
+        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),        \
+        "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),        \
+        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),        \
+        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])                      \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (__is_same(T, __half)) {
+    RLNAS_WGMMA("f16");
+  } else {
+    RLNAS_WGMMA("bf16");
+  }
+#undef RLNAS_WGMMA
+}
+
+// 128-byte swizzle, 1024 bytes from one group of eight samples to the next.
+__device__ uint64_t descriptor(uint32_t address) {
+  return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// The left operand's registers for one step: 16 rows a warp, 64 in-features.
+template <bool kBits>
+__device__ void load_weights(uint32_t (&a)[16], uint32_t tile, int first_row, uint2 bits, uint2 bits_below) {
+  const int lane = threadIdx.x % 32;
+  const int row = first_row + lane % 16;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t address = tile + row * kRowBytes + ((2 * k + lane / 16) ^ (row % 8)) * 16;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[4 * k]), "=r"(a[4 * k + 1]), "=r"(a[4 * k + 2]), "=r"(a[4 * k + 3])
+                 : "r"(address)
+                 : "memory");
+  }
+  if constexpr (kBits) {
+    // Shifted so that this thread's columns 8 m + 2 t and 8 m + 2 t + 1 are the signs of byte m; prmt spreads signs.
+    const int t = lane % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t upper = half ? bits.y : bits.x, lower = half ? bits_below.y : bits_below.x;
+      const uint32_t even = upper << (7 - 2 * t), odd = upper << (6 - 2 * t);
+      const uint32_t even_below = lower << (7 - 2 * t), odd_below = lower << (6 - 2 * t);
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const uint32_t selector = (8 + m) * 0x11 + (12 + m) * 0x1100;
+        const int at = 4 * (2 * half + m / 2) + 2 * (m % 2);
+        a[at] &= permute(even, odd, selector);
+        a[at + 1] &= permute(even_below, odd_below, selector);
+      }
+    }
+  }
+}
+
+template <typename T>
+__device__ uint32_t pack(float low, float high) {
+  if constexpr (__is_same(T, __half)) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+#endif
+
+template <typename T, int kRows, bool kBits>
+__global__ void __launch_bounds__(kThreads, 1)
+    tile_kernel(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap input_map,
+                ProductPointers p, MaskPointers mask, MaskSizes sizes, int batch) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using S = Shape<kRows>;
+  extern __shared__ uint8_t unaligned[];
+  uint8_t* const shared = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) & ~uintptr_t{1023});
+  __shared__ uint64_t barriers[2 * S::kStages];
+  const uint32_t ring = shared_address(shared);
+  const uint32_t full = shared_address(barriers), empty = full + 8 * S::kStages;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_row = blockIdx.y * kRows, first_sample = blockIdx.x * S::kBatch;
+  const int row_tile = first_row / sizes.tile_rows;
+  const int32_t* tiles = mask.row_list + static_cast<int64_t>(row_tile) * sizes.column_tiles;
+  const int parts = sizes.tile_columns / kStep;
+  const int steps = mask.row_count[2 * row_tile] * parts;
+
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < S::kStages; ++stage) {
+      barrier_init(full + 8 * stage, 1);
+      barrier_init(empty + 8 * stage, kConsumers / 32);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+
+  if (warp == kConsumers / 32) {
+    if (lane != 0) return;
+    for (int step = 0; step < steps; ++step) {
+      const int stage = step % S::kStages;
+      if (step >= S::kStages) barrier_wait(empty + 8 * stage, (step / S::kStages - 1) & 1);
+      const int column = __ldg(tiles + step / parts) * sizes.tile_columns + step % parts * kStep;
+      const uint32_t target = ring + stage * S::kStageBytes;
+      barrier_expect(full + 8 * stage, S::kStageBytes);
+      copy_box(target, &weight_map, column, first_row, full + 8 * stage);
+      copy_box(target + S::kWeightBytes, &input_map, column, first_sample, full + 8 * stage);
+    }
+    return;
+  }
+
+  const int group = warp / 4;
+  // With 128 rows the warpgroups share the samples, with 64 they share the rows.
+  const int group_row = kRows == 128 ? group * 64 : 0, group_sample = kRows == 128 ? 0 : group * 128;
+  const int warp_row = group_row + warp % 4 * 16;
+  const int upper_row = min(first_row + warp_row + lane / 4, sizes.rows - 1);
+  const int lower_row = min(upper_row + 8, sizes.rows - 1);
+  auto read_bits = [&](int step, uint2& upper, uint2& lower) {
+    upper = lower = make_uint2(0, 0);
+    if (step >= steps) return;
+    const int column = __ldg(tiles + step / parts) * sizes.tile_columns + step % parts * kStep;
+    if (column >= sizes.columns) return;
+    const uint32_t* words = mask.bits + column / 32;
+    upper = *reinterpret_cast<const uint2*>(words + upper_row * static_cast<int64_t>(sizes.words));
+    lower = *reinterpret_cast<const uint2*>(words + lower_row * static_cast<int64_t>(sizes.words));
+  };
+
+  float d[64];
+#pragma unroll
+  for (float& value : d) value = 0.0f;
+  uint32_t a[16], next[16];
+  uint2 upper{}, lower{}, next_upper{}, next_lower{};
+  if constexpr (kBits) {
+    read_bits(0, upper, lower);
+    read_bits(1, next_upper, next_lower);
+  }
+  if (steps > 0) {
+    barrier_wait(full, 0);
+    load_weights<kBits>(a, ring, warp_row, upper, lower);
+  }
+  for (int step = 0; step < steps; ++step) {
+    const int stage = step % S::kStages;
+    const uint64_t right = descriptor(ring + stage * S::kStageBytes + S::kWeightBytes + group_sample * kRowBytes);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int k = 0; k < 4; ++k) multiply<T>(d, a + 4 * k, right + 2 * k);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    if (step + 1 < steps) {
+      const int next_stage = (step + 1) % S::kStages;
+      upper = next_upper;
+      lower = next_lower;
+      if constexpr (kBits) read_bits(step + 2, next_upper, next_lower);
+      barrier_wait(full + 8 * next_stage, (step + 1) / S::kStages & 1);
+      load_weights<kBits>(next, ring + next_stage * S::kStageBytes, warp_row, upper, lower);
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    if (lane == 0) barrier_arrive(empty + 8 * stage);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) a[i] = next[i];
+  }
+
+  // The ring is free once both warpgroups are here: it takes the result, [sample][feature].
+  asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
+  T* const result = reinterpret_cast<T*>(shared);
+  if (p.bias) {
+    const int up = mask.output_permutation ? mask.output_permutation[upper_row] : upper_row;
+    const int low = mask.output_permutation ? mask.output_permutation[lower_row] : lower_row;
+    const float add_up = static_cast<float>(static_cast<const T*>(p.bias)[up]);
+    const float add_low = static_cast<float>(static_cast<const T*>(p.bias)[low]);
+#pragma unroll
+    for (int i = 0; i < 64; i += 4) {
+      d[i] += add_up;
+      d[i + 1] += add_up;
+      d[i + 2] += add_low;
+      d[i + 3] += add_low;
+    }
+  }
+#pragma unroll
+  for (int block = 0; block < 16; block += 2) {
+    const int sample = group_sample + 8 * (block + lane / 16) + lane % 8;
+    const uint32_t target = shared_address(result + sample * S::kPitch + warp_row + lane / 8 % 2 * 8);
+    const float* v = d + 4 * block;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target),
+                 "r"(pack<T>(v[0], v[1])), "r"(pack<T>(v[2], v[3])), "r"(pack<T>(v[4], v[5])), "r"(pack<T>(v[6], v[7]))
+                 : "memory");
+  }
+  asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
+  T* const y = static_cast<T*>(p.y);
+  if (sizes.rows % 8 == 0 && mask.output_permutation == nullptr) {
+    constexpr int kPieces = kRows / 8;
+    for (int item = threadIdx.x; item < S::kBatch * kPieces; item += kConsumers) {
+      const int sample = item / kPieces, feature = item % kPieces * 8;
+      if (first_sample + sample >= batch || first_row + feature >= sizes.rows) continue;
+      *reinterpret_cast<uint4*>(y + (first_sample + sample) * static_cast<int64_t>(sizes.rows) + first_row + feature) =
+          *reinterpret_cast<const uint4*>(result + sample * S::kPitch + feature);
+    }
+  } else {
+    for (int item = threadIdx.x; item < S::kBatch * kRows; item += kConsumers) {
+      const int sample = item / kRows, row = first_row + item % kRows;
+      if (first_sample + sample >= batch || row >= sizes.rows) continue;
+      const int feature = mask.output_permutation ? mask.output_permutation[row] : row;
+      y[(first_sample + sample) * static_cast<int64_t>(sizes.rows) + feature] = result[sample * S::kPitch + item % kRows];
+    }
+  }
+#endif
+}
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// Found at run time, so that the module needs no driver to be imported.
+Encode find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+  if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) {
+    throw std::runtime_error("masked_matmul: the driver has no cuTensorMapEncodeTiled");
+  }
+  return reinterpret_cast<Encode>(function);
+}
+
+CUtensorMap matrix_map(const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows, Element element) {
+  static const Encode encode = find_encode();
+  CUtensorMap map;
+  const cuuint64_t extent[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[2] = {kStep, static_cast<cuuint32_t>(box_rows)}, every[2] = {1, 1};
+  const auto type = element == Element::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult status =
+      encode(&map, type, 2, const_cast<void*>(data), extent, pitch, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) throw std::runtime_error("masked_matmul: tensor map refused, code " + std::to_string(status));
+  return map;
+}
+
+template <typename T, int kRows, bool kBits>
+void launch(const ProductPointers& p, const MaskPointers& mask, const MaskSizes& sizes, int batch, int64_t x_stride,
+            Element element, cudaStream_t stream) {
+  using S = Shape<kRows>;
+  const CUtensorMap weight = matrix_map(p.weight, sizes.rows, sizes.columns, sizes.columns, kRows, element);
+  const CUtensorMap input = matrix_map(p.x, batch, sizes.columns, x_stride, S::kBatch, element);
+  const auto kernel = tile_kernel<T, kRows, kBits>;
+  static const cudaError_t room =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+  cudaError_t status = room;
+  if (status == cudaSuccess) {
+    const dim3 grid((batch + S::kBatch - 1) / S::kBatch, (sizes.rows + kRows - 1) / kRows);
+    kernel<<<grid, kThreads, S::kSharedBytes, stream>>>(weight, input, p, mask, sizes, batch);
+    status = cudaGetLastError();
+  }
+  if (status != cudaSuccess) throw std::runtime_error(std::string("masked_matmul: ") + cudaGetErrorString(status));
+}
+
+template <typename T>
+void choose(const ProductPointers& p, const MaskPointers& mask, const MaskSizes& sizes, int batch, int64_t x_stride,
+            Element element, cudaStream_t stream) {
+  const bool wide = sizes.tile_rows % 128 == 0;
+  const auto chosen = wide ? (mask.bits ? launch<T, 128, true> : launch<T, 128, false>)
+                           : (mask.bits ? launch<T, 64, true> : launch<T, 64, false>);
+  chosen(p, mask, sizes, batch, x_stride, element, stream);
+}
+
+}  // namespace
+
+void hopper_tiles(const ProductPointers& pointers, const MaskPointers& mask, const MaskSizes& sizes, int batch,
+                  int64_t x_stride, Element element, cudaStream_t stream) {
+  const auto chosen = element == Element::kFloat16 ? choose<__half> : choose<__nv_bfloat16>;
+  chosen(pointers, mask, sizes, batch, x_stride, element, stream);
+}
+
+}  // namespace rlnas
