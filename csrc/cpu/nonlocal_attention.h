@@ -25,7 +25,7 @@ struct BlockShape {
   int threads;
 };
 
-// Dense row-major weights [D][C], [D][C], [E][C], [C][E] and biases, all of one dtype; biases may be null.
+// Dense row-major weights [D][C], [D][C], [E][C], [C][E] and biases, all of one dtype; a null bias is 0.
 struct BlockWeights {
   DType dtype;
   const void *theta, *phi, *g, *out;

@@ -102,7 +102,7 @@ struct Block {
   std::vector<float> projection, bias, out, out_bias;
 
   Block(const BlockShape& s, const BlockWeights& w)
-      : shape(s), C(s.channels), D(s.inner), E(s.value), L(2 * D + E), N(1), M(1), has_bias(w.theta_bias != nullptr) {
+      : shape(s), C(s.channels), D(s.inner), E(s.value), L(2 * D + E), N(1), M(1), has_bias(w.theta_bias || w.out_bias) {
     for (int i = 0; i < 3; i++) {
       pooled[i] = s.space[i] / s.pool[i];
       N *= s.space[i];

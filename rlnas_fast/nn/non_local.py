@@ -1,0 +1,180 @@
+"""The non-local block as a module: any kind, 1 to 3 spatial dimensions, the identity when it is new."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from rlnas_fast.errors import ConfigError, ShapeError, unknown_name
+from rlnas_fast.ops.nonlocal_attention import KINDS, Plan, nonlocal_block, plan_block
+
+__all__ = ["NonLocalBlock"]
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+class NonLocalBlock(nn.Module):
+    """z = BatchNorm(W y) + x, where y weighs every position of x by every other one.
+
+    Drop-in for the block of the paper: the state dict holds ``theta``, ``phi``, ``g`` and ``W`` (with ``norm``
+    ``W.0`` is the convolution and ``W.1`` the BatchNorm), and ``concat_project.0`` for ``concatenation``.  With
+    ``norm`` the BatchNorm's weight and bias start at 0, so a new block is the identity; without it W does.
+
+    Args:
+        channels: C of the input [B, C, *space], float32 | bfloat16 | float16 or under autocast, any strides.
+        inner_channels: C' of theta, phi and g; by default half of C, at least 1.
+        kind: gaussian | embedded_gaussian | dot_product | concatenation.
+        subsample: window of a max-pooling of keys and values: a number, or one a dimension (2 in the paper);
+            None or 1 pools nothing.
+        norm: whether a BatchNorm follows W.
+        dims: number of spatial dimensions.
+        bias: whether the convolutions have one.
+        backend: as in ``rlnas_fast.ops.nonlocal_attention``.
+
+    Raises:
+        ConfigError: an unknown kind, or a number that makes no block.
+
+    Source: Wang et al., Non-local Neural Networks (2018), section 3.3 and 4.1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        inner_channels: int | None = None,
+        kind: str = "embedded_gaussian",
+        subsample: int | Sequence[int] | None = None,
+        norm: bool = True,
+        dims: int = 2,
+        *,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        inner = max(1, channels // 2) if inner_channels is None else inner_channels
+        if kind not in KINDS:
+            raise unknown_name("kind", kind, KINDS)
+        if channels < 1 or inner < 1:
+            raise ConfigError(f"channels={channels}, inner_channels={inner}: both must be at least 1")
+        if dims not in CONVOLUTIONS:
+            raise ConfigError(f"dims={dims}: a non-local block has 1, 2 or 3 spatial dimensions")
+        self.channels, self.inner_channels, self.kind = channels, inner, kind
+        self.dims, self.backend = dims, backend
+        self.subsample = _windows(subsample, dims)
+        convolution = CONVOLUTIONS[dims]
+        self.g = convolution(channels, inner, 1, bias=bias)
+        if kind != "gaussian":
+            self.theta = convolution(channels, inner, 1, bias=bias)
+            self.phi = convolution(channels, inner, 1, bias=bias)
+        if kind == "concatenation":
+            self.concat_project = nn.Sequential(nn.Conv2d(2 * inner, 1, 1, bias=False))
+        output = convolution(inner, channels, 1, bias=bias)
+        self.W: nn.Module
+        if norm:
+            scale = NORMS[dims](channels)
+            nn.init.zeros_(scale.weight)
+            nn.init.zeros_(scale.bias)
+            self.W = nn.Sequential(output, scale)
+        else:
+            nn.init.zeros_(output.weight)
+            if output.bias is not None:
+                nn.init.zeros_(output.bias)
+            self.W = output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns z, shaped and laid out as x.
+
+        Raises:
+            ShapeError: x is not [B, channels, *space], or the pooling leaves no key.
+            TypeError: x has another dtype than the weights, outside autocast.
+            KernelUnavailable: the block's backend cannot run on x's device.
+        """
+        if x.dim() != self.dims + 2 or x.shape[1] != self.channels:
+            raise ShapeError(
+                f"x has shape {list(x.shape)}; expected [batch, {self.channels}] and {self.dims} spatial sizes"
+            )
+        convolution, norm = self._output()
+        out, out_bias = convolution.weight.flatten(1), convolution.bias
+        folded = norm is not None and not norm.training and norm.running_var is not None
+        if norm is not None and folded:
+            out, out_bias = _fold(out, out_bias, norm)
+        theta, phi, theta_bias, phi_bias = self._pair()
+        z = nonlocal_block(
+            x,
+            theta,
+            phi,
+            self.g.weight.flatten(1),
+            out,
+            biases=(theta_bias, phi_bias, self.g.bias, out_bias),
+            kind=self.kind,
+            pool=self.subsample,
+            residual=norm is None or folded,
+            backend=self.backend,
+        )
+        return z if norm is None or folded else norm(z) + x
+
+    def plan(
+        self,
+        input_shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Plan:
+        """Says which exact algorithm a forward of this shape runs, why, and what it costs.
+
+        Args:
+            input_shape: [B, C, *space].
+            dtype: of x.
+            device: of x.
+        """
+        return plan_block(
+            input_shape,
+            self.inner_channels,
+            kind=self.kind,
+            pool=self.subsample,
+            dtype=dtype,
+            device=torch.device(device),
+            backend=self.backend,
+        )
+
+    def _output(self) -> tuple[nn.Module, nn.modules.batchnorm._BatchNorm | None]:
+        if isinstance(self.W, nn.Sequential):
+            convolution, norm = self.W
+            assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            return convolution, norm
+        return self.W, None
+
+    def _pair(
+        self,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Weights and biases of theta and phi; for concatenation with the pair's weights multiplied in."""
+        if self.kind == "gaussian":
+            return None, None, None, None
+        theta, phi = self.theta.weight.flatten(1), self.phi.weight.flatten(1)
+        if self.kind != "concatenation":
+            return theta, phi, self.theta.bias, self.phi.bias
+        first, second = self.concat_project[0].weight.flatten(1).split(self.inner_channels, dim=1)
+        biases = [
+            None if bias is None else part @ bias
+            for part, bias in ((first, self.theta.bias), (second, self.phi.bias))
+        ]
+        return first @ theta, second @ phi, biases[0], biases[1]
+
+
+def _fold(
+    weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.modules.batchnorm._BatchNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiplies a BatchNorm in evaluation into the convolution before it."""
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    shift = -norm.running_mean if bias is None else bias - norm.running_mean
+    return weight * scale.to(weight.dtype)[:, None], (shift * scale + norm.bias).to(weight.dtype)
+
+
+def _windows(subsample: int | Sequence[int] | None, dims: int) -> tuple[int, ...]:
+    windows = (subsample or 1,) * dims if subsample is None or isinstance(subsample, int) else tuple(subsample)
+    if len(windows) != dims or any(size < 1 for size in windows) or subsample == 0:
+        raise ConfigError(f"subsample={subsample!r}: expected a window of at least 1, or {dims} of them")
+    return windows

@@ -1,0 +1,344 @@
+"""``nonlocal_block``: projections, attention, W_z and residual in as few passes as pay.
+
+The softmax block is one operator.  On a CPU it runs in C++; on a GPU in Triton where ``triton_block`` says
+that it fits; elsewhere the pieces are composed from ``nonlocal_attention`` and plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from rlnas_fast.errors import ShapeError, unknown_name
+from rlnas_fast.ops.nonlocal_attention import cpu, reference
+from rlnas_fast.ops.nonlocal_attention.dispatch import DTYPES, check_backend, kernels
+from rlnas_fast.ops.nonlocal_attention.op import KINDS, nonlocal_attention
+
+__all__ = ["nonlocal_block"]
+
+LARGEST_WINDOW = 255  # the place within a pooling window is kept in 8 bits
+Biases = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+NO_BIASES: Biases = (None, None, None, None)
+
+
+def nonlocal_block(
+    x: torch.Tensor,
+    theta: torch.Tensor | None,
+    phi: torch.Tensor | None,
+    g: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    biases: Biases = NO_BIASES,
+    kind: str = "embedded_gaussian",
+    pool: int | Sequence[int] | None = None,
+    residual: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Computes z = W_z y + x, where y weighs every position of x by every other one.
+
+    With B batch, C channels, D inner channels of theta and phi, E of g:
+
+    Args:
+        x: [B, C, *space] with 1 to 3 spatial dimensions, float32 | bfloat16 | float16, any strides.
+        theta: [D, C] weight of the queries; None for ``gaussian``; [1, C] for ``concatenation``, where the
+            weights of the concatenated pair are already multiplied in.
+        phi: [D, C] weight of the keys, as theta.
+        g: [E, C] weight of the values.
+        out: [C, E] weight W_z.
+        biases: of theta, phi, g and out, each [rows of its weight] or None.
+        kind: gaussian | embedded_gaussian | dot_product | concatenation.
+        pool: keys and values are the maximum over windows of this size; one number, or one a dimension.
+        residual: whether x is added.
+        backend: as in ``nonlocal_attention``.
+
+    Returns:
+        [B, C, *space] in x's dtype and memory format.
+
+    Raises:
+        ShapeError: a rank, a size or a device does not fit, or a pool leaves no key; names the argument.
+        TypeError: a dtype that is not supported, or differs.
+        ConfigError: an unknown kind or backend.
+        KernelUnavailable: a backend asked for by name cannot run here; says why.
+
+    Source: Wang et al., Non-local Neural Networks (2018), eq. 1-6 and section 3.3.
+    """
+    x, theta, phi, g, out, biases = _autocast(x, theta, phi, g, out, biases)
+    _check(x, theta, phi, g, out, biases, kind)
+    windows = _windows(x, pool)
+    check_backend(backend, x.device)
+    if backend == "reference":
+        return reference.nonlocal_block(
+            x, theta, phi, g, out, biases=biases, kind=kind, pool=tuple(windows), residual=residual
+        )
+    if kind == "embedded_gaussian" and theta is not None and phi is not None:
+        weights = (theta, phi, g, out)
+        if fused_module(x, weights, biases, windows, backend) is not None:
+            tensors = (x, *weights, *biases)
+            if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
+                z: torch.Tensor = _Block.apply(windows, residual, backend, *tensors)
+                return z
+            return _forward_op(*tensors, windows, residual, False, backend)[0]
+    return _composed(x, theta, phi, g, out, biases, kind, windows, residual, backend)
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, windows: list[int], residual: bool, backend: str, *tensors: torch.Tensor | None
+    ) -> torch.Tensor:
+        z, saved = _forward_op(*tensors, windows, residual, True, backend)
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.settings = windows, residual, backend
+        return z
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tensors, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+        present = iter(_backward_op(grad_z, *tensors, list(saved), *ctx.settings))
+        return (None, None, None, *(None if tensor is None else next(present) for tensor in tensors))
+
+
+def _composed(
+    x: torch.Tensor,
+    theta: torch.Tensor | None,
+    phi: torch.Tensor | None,
+    g: torch.Tensor,
+    out: torch.Tensor,
+    biases: Biases,
+    kind: str,
+    windows: list[int],
+    residual: bool,
+    backend: str,
+) -> torch.Tensor:
+    """The block from ``nonlocal_attention`` and 1x1 convolutions."""
+    flat = x.flatten(2)
+
+    def keys(features: torch.Tensor) -> torch.Tensor:
+        return features if _trivial(windows) else reference.pool_keys(features.unflatten(2, x.shape[2:]), tuple(windows))
+
+    y = nonlocal_attention(
+        project(flat, theta, biases[0]),
+        keys(project(flat, phi, biases[1])),
+        keys(project(flat, g, biases[2])),
+        kind=kind,
+        backend=backend,
+    )
+    z = project(y, out, biases[3]).unflatten(2, x.shape[2:])
+    return z + x if residual else z
+
+
+def project(flat: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    """A 1x1 convolution of [B, C, N] that keeps the order of its strides; None is the identity."""
+    if weight is None:
+        return flat
+    if flat.stride(1) == 1:
+        return F.linear(flat.mT, weight, bias).mT
+    projected = torch.matmul(weight, flat)
+    return projected if bias is None else projected + bias[:, None]
+
+
+def fused_module(
+    x: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    biases: Biases,
+    windows: list[int],
+    backend: str,
+) -> Any:
+    """Returns the module with a fused softmax block for these operands, or None: then it is composed."""
+    module = kernels(backend, x.device, x.dtype)
+    if module is None or math.prod(windows) > LARGEST_WINDOW or not all(w.is_contiguous() for w in weights):
+        return None
+    if x.device.type == "cpu":
+        return module
+    if module.__name__.endswith("triton_kernels"):
+        from rlnas_fast.ops.nonlocal_attention import triton_block
+
+        if triton_block.supports(x, triton_block.Projections(*weights, *biases)):
+            return triton_block
+    return None
+
+
+def _trivial(windows: list[int]) -> bool:
+    return all(size == 1 for size in windows)
+
+
+def _windows(x: torch.Tensor, pool: int | Sequence[int] | None) -> list[int]:
+    space = x.shape[2:]
+    windows = [1 if pool is None else pool] * len(space) if pool is None or isinstance(pool, int) else list(pool)
+    if len(windows) != len(space):
+        raise ShapeError(f"pool has {len(windows)} sizes, but x has {len(space)} spatial dimensions")
+    for size, window in zip(space, windows, strict=True):
+        if window < 1:
+            raise ShapeError(f"pool {tuple(windows)} must be at least 1 in every dimension")
+        if window > size:
+            raise ShapeError(f"pool {tuple(windows)} leaves no key of space {tuple(space)}; use a smaller one")
+    return windows
+
+
+def _autocast(
+    x: torch.Tensor,
+    theta: torch.Tensor | None,
+    phi: torch.Tensor | None,
+    g: torch.Tensor,
+    out: torch.Tensor,
+    biases: Biases,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor, Biases]:
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, theta, phi, g, out, biases
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    first, second, third, fourth = (cast(bias) for bias in biases)
+    return x.to(dtype), cast(theta), cast(phi), g.to(dtype), out.to(dtype), (first, second, third, fourth)
+
+
+def _check(
+    x: torch.Tensor,
+    theta: torch.Tensor | None,
+    phi: torch.Tensor | None,
+    g: torch.Tensor,
+    out: torch.Tensor,
+    biases: Biases,
+    kind: str,
+) -> None:
+    if kind not in KINDS:
+        raise unknown_name("kind", kind, KINDS)
+    if x.dim() not in (3, 4, 5):
+        raise ShapeError(f"x must be [batch, channels, 1 to 3 spatial sizes], but has shape {list(x.shape)}")
+    if x.dtype not in (*DTYPES, torch.float64):
+        raise TypeError(f"x is {x.dtype}; expected float32, bfloat16 or float16 (float64 runs in plain PyTorch)")
+    if (theta is None) != (kind == "gaussian") or (phi is None) != (kind == "gaussian"):
+        raise ShapeError(f"kind {kind!r} {'has no' if kind == 'gaussian' else 'needs'} theta and phi weights")
+    channels, inner, width = x.shape[1], 0 if theta is None else theta.shape[0], g.shape[0]
+    expected = {"theta": (inner, channels), "phi": (inner, channels), "g": (width, channels), "out": (channels, width)}
+    for (name, shape), weight, bias in zip(expected.items(), (theta, phi, g, out), biases, strict=True):
+        for label, tensor, wanted in ((name, weight, shape), (f"the bias of {name}", bias, shape[:1])):
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != wanted or 0 in wanted:
+                raise ShapeError(f"{label} has shape {list(tensor.shape)}; expected {list(wanted)}, none of them 0")
+            if tensor.dtype != x.dtype:
+                raise TypeError(f"{label} is {tensor.dtype}, but x is {x.dtype}; cast one, or use torch.autocast")
+            if tensor.device != x.device:
+                raise ShapeError(f"{label} is on {tensor.device}, but x is on {x.device}; move one of them")
+    if kind == "concatenation" and inner != 1:
+        raise ShapeError(f"theta has {inner} rows; concatenation expects 1 with its pair weights multiplied in")
+
+
+_TENSORS = (
+    "Tensor x, Tensor theta, Tensor phi, Tensor g, Tensor out, Tensor? theta_bias, Tensor? phi_bias, "
+    "Tensor? g_bias, Tensor? out_bias"
+)
+_library = torch.library.Library("rlnas_fast", "FRAGMENT")
+_library.define(
+    f"nonlocal_block({_TENSORS}, int[] pool, bool residual, bool save, str backend) -> (Tensor z, Tensor[] saved)"
+)
+_library.define(
+    f"nonlocal_block_backward(Tensor grad_z, {_TENSORS}, Tensor[] saved, int[] pool, bool residual, str backend)"
+    " -> Tensor[]"
+)
+
+
+def _split(tensors: tuple[Any, ...]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], Biases, tuple[Any, ...]]:
+    first, second, third, fourth = tensors[5:9]
+    return tensors[0], tensors[1:5], (first, second, third, fourth), tensors[9:]
+
+
+def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    x, weights, biases, (windows, residual, save, backend) = _split(arguments)
+    module = fused_module(x, weights, biases, windows, backend)
+    if module is cpu:
+        z, saved = cpu.block_forward(x, weights, biases, windows, residual, save)
+    else:
+        z, saved = module.block_forward(
+            x, module.Projections(*weights, *biases), pool=tuple(windows), residual=residual, save=save
+        )
+    return z, [tensor for tensor in saved or () if tensor is not None]
+
+
+def _backward(grad_z: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
+    x, weights, biases, (saved, windows, residual, backend) = _split(arguments)
+    module = fused_module(x, weights, biases, windows, backend)
+    if module is cpu:
+        grad_x, grad_weights, grad_biases = cpu.block_backward(
+            grad_z, x, weights, biases, cpu.Saved(*saved), windows, residual
+        )
+        return [grad_x, *grad_weights, *(grad for grad in grad_biases if grad is not None)]
+    grad_x, gradients = module.block_backward(
+        grad_z,
+        x,
+        module.Projections(*weights, *biases),
+        module.Saved(*saved, *[None] * (7 - len(saved))),
+        pool=tuple(windows),
+        residual=residual,
+    )
+    return [grad_x, *(grad for grad in gradients if grad is not None)]
+
+
+@torch.library.register_fake("rlnas_fast::nonlocal_block", lib=_library)
+def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    x, weights, _, (windows, _, save, _) = _split(arguments)
+    z = torch.empty_like(x)
+    if not save:
+        return z, []
+    if x.device.type == "cpu":
+        return z, list(cpu.empty_saved(x, weights, windows))
+    batch, space = x.shape[0], x.shape[2:]
+    inner, width, positions = weights[0].shape[0], weights[2].shape[0], math.prod(space)
+    keys = math.prod(size // window for size, window in zip(space, windows, strict=True))
+    shapes = [(positions, inner), (keys, inner), (keys, width), (positions, width)]
+    saved = [x.new_empty((batch, *shape)) for shape in shapes]
+    saved.append(x.new_empty((batch, positions), dtype=torch.float32))
+    if not _trivial(windows):
+        saved += [x.new_empty((batch, keys, size), dtype=torch.uint8) for size in (inner, width)]
+    return z, saved
+
+
+@torch.library.register_fake("rlnas_fast::nonlocal_block_backward", lib=_library)
+def _backward_fake(grad_z: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
+    x, weights, biases, _ = _split(arguments)
+    return [torch.empty_like(each) for each in (x, *weights, *biases) if each is not None]
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("nonlocal_block", _forward, _device)
+    _library.impl("nonlocal_block_backward", _backward, _device)
+_forward_op = torch.ops.rlnas_fast.nonlocal_block.default
+_backward_op = torch.ops.rlnas_fast.nonlocal_block_backward.default
+
+
+def block_flops(x: Sequence[int], theta: Sequence[int], g: Sequence[int], pool: Sequence[int]) -> tuple[int, int]:
+    """Returns the FLOPs of the softmax block's forward and backward: 2 a multiply-add."""
+    batch, channels, positions = x[0], x[1], math.prod(x[2:])
+    keys = math.prod(size // window for size, window in zip(x[2:], pool, strict=True))
+    projections = positions * channels * (2 * theta[0] + 2 * g[0])
+    attention = positions * keys
+    return (
+        2 * batch * (projections + attention * (theta[0] + g[0])),
+        2 * batch * (2 * projections + attention * (3 * theta[0] + 2 * g[0])),
+    )
+
+
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    def forward_flops(x: Any, theta: Any, phi: Any, g: Any, out: Any, *rest: Any, **_: Any) -> int:
+        return block_flops(x, theta, g, rest[4])[0]
+
+    def backward_flops(grad_z: Any, x: Any, theta: Any, phi: Any, g: Any, out: Any, *rest: Any, **_: Any) -> int:
+        return block_flops(x, theta, g, rest[5])[1]
+
+    register_flop_formula(torch.ops.rlnas_fast.nonlocal_block)(forward_flops)
+    register_flop_formula(torch.ops.rlnas_fast.nonlocal_block_backward)(backward_flops)
+
+
+_register_flops()

@@ -1,0 +1,353 @@
+"""Non-local attention and the fused block against float64, at odd sizes, strides, dtypes and instruction sets."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlnas_fast.errors import ConfigError, KernelUnavailable, ShapeError
+from rlnas_fast.ops import nonlocal_attention, nonlocal_block
+from rlnas_fast.ops.nonlocal_attention import KINDS, reference
+
+SIZES = [  # batch, depth, width, queries, keys
+    (2, 16, 16, 49, 49),
+    (1, 7, 5, 33, 1),
+    (1, 1, 3, 1, 40),
+    (5, 40, 24, 70, 20),
+    (1, 24, 33, 100, 1300),
+]
+LAYOUTS = ["channels first", "channels last", "sliced", "expanded", "misaligned"]
+
+
+def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values behind other strides; what lies around them is NaN."""
+    if layout == "channels last":
+        return tensor.transpose(1, -1).contiguous().transpose(1, -1)
+    if layout == "sliced":
+        wide = torch.full([size * 2 + 1 for size in tensor.shape], torch.nan, dtype=tensor.dtype)
+        view = wide[tuple(slice(1, None, 2) for _ in tensor.shape)]
+        return view.copy_(tensor)
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape)
+    if layout == "misaligned":
+        flat = torch.full((tensor.numel() + 1,), torch.nan, dtype=tensor.dtype)
+        return flat[1:].view(tensor.shape).copy_(tensor)
+    return tensor
+
+
+def poison() -> None:
+    """Fills the allocator's free memory with NaN, so that reading what was never written shows."""
+    kept = [torch.full((size,), torch.nan) for size in (64, 1024, 16_384, 262_144)]
+    del kept
+
+
+def operands(size: tuple[int, ...], kind: str, dtype: torch.dtype, layout: str = "channels first") -> list[torch.Tensor]:
+    batch, depth, width, queries, keys = size
+    depth = 1 if kind == "concatenation" else depth
+    shapes = [(batch, depth, queries), (batch, depth, keys), (batch, width, keys)]
+    return [laid_out(torch.randn(shape).to(dtype), layout) for shape in shapes]
+
+
+def with_gradients(function, inputs: list[torch.Tensor], grad: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """The result and the gradient of every input."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    poison()
+    result = function(*leaves)
+    poison()
+    gradients = torch.autograd.grad(result, leaves, grad.to(result.dtype))
+    return [result.detach(), *gradients]
+
+
+def assert_as_exact_as_torch(ours: list[torch.Tensor], plain: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
+    """Our error against float64 is at most twice that of plain PyTorch in the same dtype (flash-attention's rule).
+
+    The floor, two roundings of the largest value for up to 64 elements, is for small results that plain PyTorch
+    happens to get exactly, such as gradients through a softmax of one key.
+    """
+    scale = max(tensor.abs().max().item() for tensor in exact if tensor.numel())
+    for index, (mine, theirs, truth) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert mine.shape == truth.shape
+        assert mine.dtype == theirs.dtype
+        error, allowed = ((each.double() - truth).norm().item() for each in (mine, theirs))
+        floor = 2 * torch.finfo(mine.dtype).eps * scale * min(truth.numel(), 64) ** 0.5
+        assert error <= 2 * allowed + floor, f"result {index}: error {error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+def check_attention(inputs: list[torch.Tensor], kind: str, backend: str = "auto") -> None:
+    grad = torch.randn(inputs[0].shape[0], inputs[2].shape[1], inputs[0].shape[2])
+    exact = with_gradients(
+        lambda *t: reference.nonlocal_attention(*t, kind), [t.double() for t in inputs], grad.double()
+    )
+    plain = with_gradients(lambda *t: reference.nonlocal_attention(*t, kind), inputs, grad)
+    ours = with_gradients(lambda *t: nonlocal_attention(*t, kind=kind, backend=backend), inputs, grad)
+    assert_as_exact_as_torch(ours, plain, exact)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_softmax_on_every_instruction_set(isa: str, size: tuple[int, ...]) -> None:
+    check_attention(operands(size, "gaussian", torch.float32), "gaussian", "cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_kind_and_dtype(kind: str, dtype: torch.dtype) -> None:
+    for size in SIZES:
+        check_attention(operands(size, kind, dtype), kind)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["embedded_gaussian", "concatenation"])
+def test_any_strides(kind: str, layout: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check_attention(operands((3, 10, 12, 37, 21), kind, dtype, layout), kind)
+
+
+BLOCKS = [  # shape of x, inner, value, pool
+    ((2, 32, 7, 7), 16, 16, 1),
+    ((3, 20, 9, 6), 10, 12, 2),
+    ((1, 24, 13, 14), 12, 12, (3, 2)),
+    ((2, 3, 17), 2, 5, 2),
+    ((1, 1, 5), 1, 1, 1),
+    ((2, 10, 3, 4, 5), 5, 7, (1, 2, 2)),
+    ((5, 40, 2, 2), 40, 33, 1),
+]
+
+
+def block_operands(case: tuple, dtype: torch.dtype, bias: bool = True) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    shape, inner, value, _ = case
+    channels = shape[1]
+    sizes = [(inner, channels), (inner, channels), (value, channels), (channels, value)]
+    weights = [torch.randn(size).div(size[1] ** 0.5).to(dtype) for size in sizes]
+    biases = [torch.randn(size[0]).to(dtype) for size in sizes] if bias else []
+    return torch.randn(shape).to(dtype), weights + biases
+
+
+def check_block(x: torch.Tensor, weights: list[torch.Tensor], pool, kind: str = "embedded_gaussian", **options) -> None:
+    def ours(x, theta, phi, g, out, *biases):
+        biases = biases or (None,) * 4
+        return nonlocal_block(x, theta, phi, g, out, biases=biases, kind=kind, pool=pool, **options)
+
+    def plain(x, theta, phi, g, out, *biases):
+        windows = (pool,) * (x.dim() - 2) if isinstance(pool, int) else pool
+        return reference.nonlocal_block(
+            x, theta, phi, g, out, biases=biases or (None,) * 4, kind=kind, pool=windows,
+            residual=options.get("residual", True),
+        )  # fmt: skip
+
+    grad = torch.randn(x.shape)
+    inputs = [x, *weights]
+    exact = with_gradients(plain, [t.double() for t in inputs], grad.double())
+    assert_as_exact_as_torch(with_gradients(ours, inputs, grad), with_gradients(plain, inputs, grad), exact)
+
+
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_block_on_every_instruction_set(isa: str, case: tuple) -> None:
+    check_block(*block_operands(case, torch.float32), case[3])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_block_any_strides(layout: str) -> None:
+    for case, dtype in itertools.product(BLOCKS[1:6], (torch.float32, torch.bfloat16)):
+        x, weights = block_operands(case, dtype)
+        check_block(laid_out(x, layout), weights, case[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_block_in_half_precision(dtype: torch.dtype) -> None:
+    for case in BLOCKS:
+        check_block(*block_operands(case, dtype), case[3])
+
+
+@pytest.mark.parametrize("kind", ["dot_product", "concatenation"])
+def test_block_of_other_kinds(kind: str) -> None:
+    for case in BLOCKS:
+        shape, inner, value, pool = case
+        x, weights = block_operands((shape, 1 if kind == "concatenation" else inner, value, pool), torch.float32)
+        check_block(x, weights, pool, kind)
+
+
+def test_block_without_bias_or_residual() -> None:
+    x, weights = block_operands(BLOCKS[1], torch.float32, bias=False)
+    check_block(x, weights, 2, residual=False)
+    x, weights = block_operands(BLOCKS[0], torch.float32)
+    check_block(x, weights, 1, residual=False)
+
+
+def test_block_of_one_image_is_shared_by_all_threads() -> None:
+    case = ((1, 16, 20, 20), 8, 8, 2)
+    check_block(*block_operands(case, torch.float32), 2)
+    check_block(*block_operands(case, torch.float32), 1)
+
+
+def test_only_some_gradients_wanted() -> None:
+    x, weights = block_operands(BLOCKS[0], torch.float32)
+    weights[2].requires_grad_()
+    z = nonlocal_block(x, *weights[:4], biases=tuple(weights[4:]))
+    (gradient,) = torch.autograd.grad(z.sum(), [weights[2]])
+    assert gradient.isfinite().all()
+
+
+def test_logits_beyond_half_precision() -> None:
+    theta = torch.full((1, 4, 3), 200.0).half()
+    y = nonlocal_attention(theta, theta, torch.randn(1, 2, 3).half())
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinity_spread_as_in_the_definition(value: float) -> None:
+    theta, phi, g = operands((1, 4, 3, 20, 20), "gaussian", torch.float32)
+    for index in range(3):
+        inputs = [t.clone() for t in (theta, phi, g)]
+        inputs[index][0, 1, 5] = value
+        ours, plain = nonlocal_attention(*inputs), reference.nonlocal_attention(*inputs)
+        assert torch.equal(ours.isnan(), plain.isnan())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_batch_and_no_query(kind: str) -> None:
+    for size in [(0, 4, 3, 9, 9), (2, 4, 3, 0, 9)]:
+        inputs = operands(size, kind, torch.float32)
+        result, *gradients = with_gradients(
+            lambda *t: nonlocal_attention(*t, kind=kind), inputs, torch.randn(size[0], size[2], size[3])
+        )
+        assert result.shape == (size[0], size[2], size[3])
+        assert all(not gradient.any() for gradient in gradients)
+
+
+def test_empty_batch_of_the_block() -> None:
+    x, weights = block_operands(((0, 8, 3, 3), 4, 4, 1), torch.float32)
+    result, *gradients = with_gradients(
+        lambda x, *w: nonlocal_block(x, *w[:4], biases=w[4:]), [x, *weights], torch.randn(0, 8, 3, 3)
+    )
+    assert result.shape == x.shape
+    assert all(not gradient.any() for gradient in gradients)
+
+
+def test_deterministic_run_to_run() -> None:
+    x, weights = block_operands(((3, 16, 12, 12), 8, 8, 1), torch.float32)
+    grad = torch.randn(x.shape)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [
+            with_gradients(lambda x, *w: nonlocal_block(x, *w[:4], biases=w[4:]), [x, *weights], grad)
+            for _ in range(3)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_operators_follow_their_schema() -> None:
+    theta, phi, g = operands((2, 5, 6, 10, 7), "gaussian", torch.float32, "channels last")
+    torch.library.opcheck(torch.ops.rlnas_fast.nonlocal_attention.default, (theta, phi, g, "auto"))
+    y, lse = torch.ops.rlnas_fast.nonlocal_attention.default(theta, phi, g, "auto")
+    backward = (torch.randn_like(y), theta, phi, g, y, lse, "auto")
+    torch.library.opcheck(torch.ops.rlnas_fast.nonlocal_attention_backward.default, backward)
+    for save, pool in itertools.product((False, True), (1, 2)):
+        x, weights = block_operands(((2, 6, 5, 4), 3, 4, pool), torch.float32)
+        block = (x, *weights, [pool, pool], True, save, "auto")
+        torch.library.opcheck(torch.ops.rlnas_fast.nonlocal_block.default, block)
+    z, saved = torch.ops.rlnas_fast.nonlocal_block.default(*block)
+    torch.library.opcheck(
+        torch.ops.rlnas_fast.nonlocal_block_backward.default,
+        (torch.randn_like(z), x, *weights, saved, [2, 2], True, "auto"),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_by_finite_differences(kind: str) -> None:
+    """In float64, which runs the same autograd function over plain PyTorch."""
+    inputs = [t.double().requires_grad_() for t in operands((2, 3, 2, 5, 4), kind, torch.float32)]
+    assert torch.autograd.gradcheck(lambda *t: nonlocal_attention(*t, kind=kind), inputs)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_compiles_into_one_graph_with_dynamic_shapes() -> None:
+    def step(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        return nonlocal_block(x, *weights[:4], biases=weights[4:]).sin()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for side in (4, 6):
+        x, weights = block_operands(((2, 6, side, side), 3, 4, 1), torch.float32)
+        grad = torch.randn(x.shape)
+        for mine, plain in zip(
+            with_gradients(compiled, [x, *weights], grad), with_gradients(step, [x, *weights], grad), strict=True
+        ):
+            torch.testing.assert_close(mine, plain)
+
+
+def test_autocast_runs_in_its_dtype() -> None:
+    x, weights = block_operands(BLOCKS[0], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nonlocal_block(x, *weights[:4]).dtype == torch.bfloat16
+        assert nonlocal_attention(*operands(SIZES[0], "gaussian", torch.float32)).dtype == torch.bfloat16
+
+
+def test_flops_are_counted() -> None:
+    theta, phi, g = operands((2, 5, 6, 10, 7), "gaussian", torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        nonlocal_attention(theta, phi, g)
+    assert counter.get_total_flops() == 2 * 2 * 10 * 7 * (5 + 6)
+    x, weights = block_operands(((2, 8, 5), 4, 4, 1), torch.float32, bias=False)
+    with FlopCounterMode(display=False) as counter:
+        nonlocal_block(x.requires_grad_(), *weights).sum().backward()
+    forward = 2 * 2 * (5 * 8 * 16 + 5 * 5 * 8)
+    assert counter.get_total_flops() == forward + 2 * 2 * (2 * 5 * 8 * 16 + 5 * 5 * 20)
+
+
+def test_second_derivative_is_refused() -> None:
+    inputs = [t.requires_grad_() for t in operands((1, 2, 2, 3, 3), "gaussian", torch.float32)]
+    y = nonlocal_attention(*inputs)
+    (gradient,) = torch.autograd.grad(y.sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_bad_input_names_the_argument() -> None:
+    theta, phi, g = operands((2, 5, 6, 10, 7), "gaussian", torch.float32)
+    cases = [
+        ((theta[0], phi, g), ShapeError, "theta must be"),
+        ((theta, phi[:, :4], g), ShapeError, "phi has 4 channels"),
+        ((theta, phi, g[:1]), ShapeError, "g has batch 1"),
+        ((theta, phi, g[..., :3]), ShapeError, "g has 3 positions"),
+        ((theta, phi[..., :0], g[..., :0]), ShapeError, "at least 1"),
+        ((theta, phi.half(), g), TypeError, "phi is torch.float16"),
+        ((theta.long(), phi.long(), g.long()), TypeError, "theta is torch.int64"),
+        ((theta, phi, g.to("meta")), ShapeError, "g is on meta"),
+    ]
+    for inputs, error, message in cases:
+        with pytest.raises(error, match=message):
+            nonlocal_attention(*inputs)
+    with pytest.raises(ConfigError, match="did you mean 'dot_product'"):
+        nonlocal_attention(theta, phi, g, kind="dotproduct")
+    with pytest.raises(ShapeError, match="concatenation expects 1"):
+        nonlocal_attention(theta, phi, g, kind="concatenation")
+    with pytest.raises(ConfigError, match="unknown backend"):
+        nonlocal_attention(theta, phi, g, backend="cpuu")
+    with pytest.raises(KernelUnavailable, match="needs a tensor on cuda"):
+        nonlocal_attention(theta, phi, g, backend="triton")
+
+
+def test_bad_block_input_names_the_argument() -> None:
+    x, weights = block_operands(BLOCKS[0], torch.float32)
+    theta, phi, g, out, *_ = weights
+    cases = [
+        ((x[0, 0], theta, phi, g, out), {}, ShapeError, "x must be"),
+        ((x, theta[:, :3], phi, g, out), {}, ShapeError, "theta has shape"),
+        ((x, theta, phi, g, out.T[:3].T), {}, ShapeError, "out has shape"),
+        ((x, theta, phi, g.bfloat16(), out), {}, TypeError, "g is torch.bfloat16"),
+        ((x, None, None, g, out), {}, ShapeError, "needs theta"),
+        ((x, theta, phi, g, out), {"kind": "gaussian"}, ShapeError, "has no theta"),
+        ((x, theta, phi, g, out), {"pool": 8}, ShapeError, "leaves no key"),
+        ((x, theta, phi, g, out), {"pool": 0}, ShapeError, "at least 1"),
+        ((x, theta, phi, g, out), {"pool": (1, 1, 1)}, ShapeError, "pool has 3 sizes"),
+        ((x, theta, phi, g, out), {"biases": (g[0], None, None, None)}, ShapeError, "the bias of theta"),
+    ]
+    for inputs, options, error, message in cases:
+        with pytest.raises(error, match=message):
+            nonlocal_block(*inputs, **options)
