@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -69,13 +70,16 @@ def each(inputs: list[Problem], function: Callable[[Problem], object]) -> list[C
     return [functools.partial(function, problem) for problem in inputs]
 
 
-def usable(calls: Contenders) -> Contenders:
-    """Leaves out, and names, a contender that cannot run here."""
+def usable(calls: Contenders, replayed: bool) -> Contenders:
+    """Leaves out, and names, a contender that cannot run, or cannot be captured, here."""
     kept = {}
     for name, closures in calls.items():
         try:
             closures[0]()
             torch.cuda.synchronize()
+            if replayed:
+                with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                    closures[0]()
             kept[name] = closures
         except Exception as error:
             text = str(error).strip().splitlines() or [repr(error)]
@@ -84,19 +88,18 @@ def usable(calls: Contenders) -> Contenders:
 
 
 def timed(title: str, calls: Contenders, replayed: bool = True, rounds: int = 15) -> dict[str, list[float]]:
-    times = microseconds(usable(calls), replayed=replayed, rounds=rounds)
+    times = microseconds(usable(calls, replayed), replayed=replayed, rounds=rounds)
     ordered = sorted(times.items(), key=lambda item: statistics.median(item[1]))
     shown = ", ".join(f"{name} {statistics.median(values):.1f}" for name, values in ordered)
     print(f"{title} [{'graph' if replayed else 'eager'}] us: {shown}", flush=True)
     return times
 
 
-def tile_variants(problem: Problem, blocks: Iterable[Blocks]) -> dict[str, Callable[[Problem], object]]:
-    del problem
+def tile_variants(blocks: Iterable[tuple[int, ...]]) -> dict[str, Callable[[Problem], object]]:
     variants: dict[str, Callable[[Problem], object]] = {}
     for block in blocks:
         variants["t" + "/".join(map(str, block))] = lambda p, b=block: triton_kernels.forward(
-            p.x, p.weight, p.mask.tensors, None, blocks=b
+            p.x, p.weight, p.mask.tensors, None, blocks=Blocks(*b)
         )
     return variants
 
@@ -127,7 +130,9 @@ def bsr_calls(inputs: list[Problem], tile: int) -> list[Call]:
     from torch.sparse import _triton_ops_meta as meta
     from torch.sparse._triton_ops import bsr_dense_addmm
 
-    converted = [(p.applied.to_sparse_bsr((tile, tile)), p.x.t(), p.x.new_zeros(N, p.x.shape[0])) for p in inputs]
+    converted = [
+        (p.applied.to_sparse_bsr((tile, tile)), p.x.t(), p.x.new_zeros(N, p.x.shape[0])) for p in inputs
+    ]
     started = time.perf_counter()
     patient = triton.testing.do_bench
     triton.testing.do_bench = functools.partial(_short_bench, patient)
@@ -187,7 +192,7 @@ def break_even(rows: list[Row], tile: int, batch: int) -> None:
 def crossing(points: list[tuple[float, float]]) -> float:
     """Where the ratio reaches 1 for good, between two measured points."""
     place = 0.0
-    for (before, low), (after, high) in zip(points, points[1:], strict=False):
+    for (before, low), (after, high) in itertools.pairwise(points):
         if low < 1:
             place = before + (after - before) * (1 - low) / (high - low) if high >= 1 else float("inf")
     return place
@@ -203,7 +208,11 @@ def section_tiles(rows: list[Row], tile: int, batch: int = 512) -> None:
 def section_small_tiles(rows: list[Row]) -> None:
     for tile in (16, 32):
         inputs = problems(512, 0.9, tile, True)
-        calls = {"ours": each(inputs, ours), "dense": each(inputs, dense_product), "bsr": bsr_calls(inputs, tile)}
+        calls = {
+            "ours": each(inputs, ours),
+            "dense": each(inputs, dense_product),
+            "bsr": bsr_calls(inputs, tile),
+        }
         compare(rows, f"tiles {tile}, 90 % zeros, B=512", calls, {"bsr": None, "dense": None})
 
 
@@ -211,7 +220,12 @@ def section_unstructured(rows: list[Row]) -> None:
     for batch, fast, eager in ((512, 1.0, 1.5), (4096, None, None)):
         inputs = problems(batch, 0.5, 128, False)
         calls = {"ours": each(inputs, ours), **dense_peers(inputs)}
-        compare(rows, f"unstructured, 50 % zeros, B={batch}", calls, {"dense": fast, "W*M": eager, "compiled W*M": None})
+        compare(
+            rows,
+            f"unstructured, 50 % zeros, B={batch}",
+            calls,
+            {"dense": fast, "W*M": eager, "compiled W*M": None},
+        )
 
 
 def section_few_rows(rows: list[Row]) -> None:
@@ -247,8 +261,8 @@ def section_update(rows: list[Row]) -> None:
         for replayed in (False, True):
             times = timed(f"mask update, tiles {tile}", calls, replayed)
             how = "replayed" if replayed else "eager"
-            rows.append(Row(f"mask update, {N} x {K}, tiles {tile}, {how}", statistics.median(times["pack"]), 20.0,
-                            unit="us", at_most=True))  # fmt: skip
+            name = f"mask update, {N} x {K}, tiles {tile}, {how}"
+            rows.append(Row(name, statistics.median(times["pack"]), 20.0, unit="us", at_most=True))
 
 
 def section_two_of_four(rows: list[Row]) -> None:
@@ -265,7 +279,9 @@ def section_two_of_four(rows: list[Row]) -> None:
             "ours": each(inputs, ours),
             "dense": each(inputs, dense_product),
             "2:4": [functools.partial(lambda h, p: F.linear(p.x, h), h, p) for h, p in halves],
-            "2:4 with conversion": each(inputs, lambda p: F.linear(p.x, to_sparse_semi_structured(p.applied))),
+            "2:4 with conversion": each(
+                inputs, lambda p: F.linear(p.x, to_sparse_semi_structured(p.applied))
+            ),
         }
         compare(rows, f"2:4, B={batch}", calls, {"dense": None, "2:4": None})
 
@@ -288,24 +304,40 @@ def section_host(rows: list[Row]) -> None:
         rows.append(Row(f"host, one call of {name}", spent, unit="us", at_most=True))
 
 
-TUNED: dict[str, list[Blocks]] = {
-    "16": [Blocks(64, 16, 64, 4, 5), Blocks(128, 16, 64, 4, 5), Blocks(128, 16, 128, 4, 4), Blocks(256, 16, 64, 4, 5)],
-    "32": [Blocks(64, 32, 64, 4, 5), Blocks(128, 32, 64, 4, 5), Blocks(128, 32, 128, 4, 4), Blocks(256, 32, 64, 8, 5)],
-    "64": [Blocks(64, 64, 64, 4, 5), Blocks(128, 64, 64, 4, 3), Blocks(128, 64, 64, 4, 5), Blocks(128, 64, 64, 4, 7),
-           Blocks(256, 64, 64, 4, 5), Blocks(256, 64, 64, 8, 5), Blocks(128, 64, 32, 4, 7), Blocks(32, 64, 64, 4, 7)],
-    "128": [Blocks(64, 128, 64, 4, 7), Blocks(128, 128, 64, 8, 5), Blocks(128, 128, 64, 8, 7), Blocks(256, 128, 64, 8, 5),
-            Blocks(128, 64, 64, 4, 7), Blocks(64, 64, 128, 4, 5), Blocks(128, 128, 128, 8, 4), Blocks(64, 64, 64, 4, 7)],
-}  # fmt: skip
+TUNED = {
+    16: [(64, 16, 64, 4, 5), (128, 16, 64, 4, 5), (128, 16, 128, 4, 4), (256, 16, 64, 4, 5)],
+    32: [(64, 32, 64, 4, 5), (128, 32, 64, 4, 5), (128, 32, 128, 4, 4), (256, 32, 64, 8, 5)],
+    64: [
+        *((64, 64, 64, 4, 5), (128, 64, 64, 4, 3), (128, 64, 64, 4, 5), (128, 64, 64, 4, 7)),
+        *((256, 64, 64, 4, 5), (256, 64, 64, 8, 5), (128, 64, 32, 4, 7), (32, 64, 64, 4, 7)),
+    ],
+    128: [
+        *((64, 128, 64, 4, 7), (128, 128, 64, 8, 5), (128, 128, 64, 8, 7), (256, 128, 64, 8, 5)),
+        *((128, 64, 64, 4, 7), (64, 64, 128, 4, 5), (128, 128, 128, 8, 4), (64, 64, 64, 4, 7)),
+    ],
+}
+TUNED_SAMPLED = {
+    16: [(64, 16, 64, 4, 3), (64, 16, 128, 4, 4), (128, 16, 64, 4, 4)],
+    32: [(64, 32, 64, 4, 3), (64, 32, 128, 4, 4), (128, 32, 64, 4, 4)],
+    64: [(64, 64, 64, 4, 3), (64, 64, 64, 4, 5), (128, 64, 64, 4, 3), (32, 64, 64, 4, 5)],
+    128: [(64, 128, 128, 8, 3), (64, 128, 128, 8, 4), (64, 64, 128, 4, 4), (64, 64, 64, 4, 4)],
+}
 
 
 def tune(rows: list[Row], tile: int) -> None:
     del rows
-    for batch, zeros, structured in ((512, 0.9, True), (512, 0.5, True), (512, 0.5, False), (4096, 0.5, True), (64, 0.9, True)):
+    for batch, zeros, structured in (
+        (512, 0.9, True),
+        (512, 0.5, True),
+        (512, 0.5, False),
+        (4096, 0.5, True),
+        (64, 0.9, True),
+    ):
         if not structured and tile < 64:
             continue
         inputs = problems(batch, zeros, tile, structured)
         calls: Contenders = {"dense": each(inputs, dense_product)}
-        for name, variant in tile_variants(inputs[0], TUNED[str(tile)]).items():
+        for name, variant in tile_variants(TUNED[tile]).items():
             calls[name] = each(inputs, variant)
         if tile >= 64:
             calls["cuda"] = each(inputs, ours_cuda)
@@ -318,19 +350,14 @@ def tune_gradients(rows: list[Row], tile: int) -> None:
     inputs = problems(512, 0.9, tile, True)
     calls: Contenders = {"dense gx": each(inputs, lambda p: p.grad_y @ p.applied),
                          "dense gW": each(inputs, lambda p: p.grad_y.t() @ p.x)}  # fmt: skip
-    for block in TUNED[str(tile)]:
+    for block in TUNED[tile]:
         name = "/".join(map(str, block))
         calls[f"gx {name}"] = each(inputs, lambda p, b=block: triton_kernels.grad_input(
-            p.grad_y, p.weight, p.mask.tensors, blocks=b))  # fmt: skip
-    sampled = {16: [Blocks(64, 16, 64, 4, 3), Blocks(64, 16, 128, 4, 4), Blocks(128, 16, 64, 4, 4)],
-               32: [Blocks(64, 32, 64, 4, 3), Blocks(64, 32, 128, 4, 4), Blocks(128, 32, 64, 4, 4)],
-               64: [Blocks(64, 64, 64, 4, 3), Blocks(64, 64, 64, 4, 5), Blocks(128, 64, 64, 4, 3), Blocks(32, 64, 64, 4, 5)],
-               128: [Blocks(64, 128, 128, 8, 3), Blocks(64, 128, 128, 8, 4), Blocks(64, 64, 128, 4, 4), Blocks(64, 64, 64, 4, 4)],
-               }  # fmt: skip
-    for block in sampled[tile]:
+            p.grad_y, p.weight, p.mask.tensors, blocks=Blocks(*b)))  # fmt: skip
+    for block in TUNED_SAMPLED[tile]:
         name = "/".join(map(str, block))
         calls[f"gW {name}"] = each(inputs, lambda p, b=block: triton_kernels.grad_weight(
-            p.grad_y, p.x, p.mask.tensors, blocks=b))  # fmt: skip
+            p.grad_y, p.x, p.mask.tensors, blocks=Blocks(*b)))  # fmt: skip
     timed(f"gradients, tiles {tile}, 90% zeros, B=512", calls, rounds=7)
 
 
@@ -366,7 +393,9 @@ def main() -> None:
         run = [sys.executable, __file__, *(["--tune"] if options.tune else []), "--only"]
         environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         processes = [
-            subprocess.Popen([*run, name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+            subprocess.Popen(
+                [*run, name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+            )
             for name in chosen
         ]
         for process in processes:
@@ -382,7 +411,11 @@ def main() -> None:
         print(f"-- {name}: {time.perf_counter() - started:.0f} s", flush=True)
     _show(__doc__ or "", rows)
     if options.json:
-        record = {**_environment(), "triton": triton.__version__, "rows": [dataclasses.asdict(row) for row in rows]}
+        record = {
+            **_environment(),
+            "triton": triton.__version__,
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(1 if options.check and not all(row.holds() for row in rows) else 0)
 

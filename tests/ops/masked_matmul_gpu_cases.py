@@ -8,18 +8,28 @@ from rlnas_fast.ops.masked_matmul.tile_mask import TileTensors
 
 
 def tile_tensors(
-    state: torch.Tensor, kept: torch.Tensor | None, shape: tuple[int, int], tile: tuple[int, int], seed: int = 0
+    state: torch.Tensor,
+    kept: torch.Tensor | None,
+    shape: tuple[int, int],
+    tile: tuple[int, int],
+    seed: int = 0,
 ) -> TileTensors:
     """Lays out a mask, slowly: ``state`` uint8 [TN, TK]; ``kept`` bool [N, K] or None for complete tiles."""
-    (N, K), (TN, TK) = shape, state.shape
+    TN, TK = state.shape
     generator = torch.Generator().manual_seed(seed)
     payload = scale = None
     if bool((state == 2).any()):
         payload = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
         scale = torch.rand(TN, TK, generator=generator) * 0.01 + 0.001
     undefined = 1 << 30
-    row_count, row_tiles = torch.zeros(TN, 2, dtype=torch.int32), torch.full((TN, TK), undefined, dtype=torch.int32)
-    col_count, col_tiles = torch.zeros(TK, 2, dtype=torch.int32), torch.full((TK, TN), undefined, dtype=torch.int32)
+    row_count, row_tiles = (
+        torch.zeros(TN, 2, dtype=torch.int32),
+        torch.full((TN, TK), undefined, dtype=torch.int32),
+    )
+    col_count, col_tiles = (
+        torch.zeros(TK, 2, dtype=torch.int32),
+        torch.full((TK, TN), undefined, dtype=torch.int32),
+    )
     for count, tiles, lines in ((row_count, row_tiles, state), (col_count, col_tiles, state.T)):
         for index, line in enumerate(lines):
             found = [torch.nonzero(line == kind).flatten() for kind in (1, 2)]
@@ -36,8 +46,8 @@ def tile_tensors(
         ]
     )
     return TileTensors(
-        shape, tile, state, None if kept is None else pack_bits(kept), row_count, row_tiles, col_count, col_tiles,
-        stats, payload, scale, None, None,
+        shape, tile, state, None if kept is None else pack_bits(kept),
+        row_count, row_tiles, col_count, col_tiles, stats, payload, scale, None, None,
     )  # fmt: skip
 
 
@@ -103,7 +113,9 @@ def reference(
     chosen = chosen if kept is None else chosen & kept
     x, grad_y = x.double(), grad_y.double()
     gather = torch.arange(mask.shape[1]) if mask.input_permutation is None else mask.input_permutation.long()
-    scatter = torch.arange(mask.shape[0]) if mask.output_permutation is None else mask.output_permutation.long()
+    scatter = (
+        torch.arange(mask.shape[0]) if mask.output_permutation is None else mask.output_permutation.long()
+    )
     y, gx = torch.empty_like(grad_y), torch.empty_like(x)
     y[:, scatter] = x[:, gather] @ effective.T
     if bias is not None:

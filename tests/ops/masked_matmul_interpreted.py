@@ -53,7 +53,9 @@ def check(
     )
     for name, got, want in zip(("y", "gx", "gW"), found, wanted, strict=True):
         # float32 sums of at most 257 terms of size about 1
-        torch.testing.assert_close(got.double(), want, atol=2e-4, rtol=2e-4, msg=lambda m, n=name: f"{seed} {n}: {m}")
+        torch.testing.assert_close(
+            got.double(), want, atol=2e-4, rtol=2e-4, msg=lambda m, n=name: f"{seed} {n}: {m}"
+        )
     assert bool((found[2][wanted[2] == 0] == 0).all())
 
 

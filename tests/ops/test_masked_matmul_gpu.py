@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def test_interpreted() -> None:
-    """Forward and both gradients at odd sizes; a process of its own, because interpreting is for all or none."""
+    """In a process of its own, because interpreting is for all kernels or none."""
     paths = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     done = subprocess.run(
@@ -51,7 +51,9 @@ def test_product_compiles_for_sm90(tile: int, transposed: bool, kind: str, bits:
     launch = triton_kernels._product_launch(
         (4096, 4096), (tile, tile), transposed, 512, 4096, DTYPES[kind], precision, (), None
     )
-    words, payload, scale = (name if there else None for name, there in (("int32", bits), ("int8", int8), ("fp32", int8)))
+    words, payload, scale = (
+        name if there else None for name, there in (("int32", bits), ("int8", int8), ("fp32", int8))
+    )
     compiled = compile_launch(
         launch, [kind, None, kind, words, payload, scale, "int32", "int32", None, None, kind, kind]
     )
@@ -115,7 +117,9 @@ def plain_products(x, weight, grad_y, bias, mask, kept, device):
     chosen = cases.live_weights(mask.state, mask.shape, mask.tile)
     chosen = chosen if kept is None else chosen & kept
     gather = torch.arange(mask.shape[1]) if mask.input_permutation is None else mask.input_permutation.long()
-    scatter = torch.arange(mask.shape[0]) if mask.output_permutation is None else mask.output_permutation.long()
+    scatter = (
+        torch.arange(mask.shape[0]) if mask.output_permutation is None else mask.output_permutation.long()
+    )
     y, gx = torch.empty_like(grad_y), torch.empty_like(x)
     left, right = x[:, gather].to(device), grad_y[:, scatter].to(device)
     y[:, scatter] = (left @ effective.to(device).T).cpu()
@@ -180,7 +184,13 @@ def test_cuda_forward(case: tuple, kind: str, permute: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("shape", "tile"),
-    [((64, 64), (16, 16)), ((100, 130), (24, 8)), ((300, 256), (64, 64)), ((257, 1056), (128, 96)), ((33, 7), (5, 3))],
+    [
+        ((64, 64), (16, 16)),
+        ((100, 130), (24, 8)),
+        ((300, 256), (64, 64)),
+        ((257, 1056), (128, 96)),
+        ((33, 7), (5, 3)),
+    ],
 )
 def test_mask_to_lists(shape: tuple[int, int], tile: tuple[int, int]) -> None:
     for density in (0.0, 0.02, 0.5, 1.0):
@@ -205,7 +215,10 @@ def same_mask(got: TileTensors, wanted: TileTensors) -> None:
     for counts, lists in (("row_count", "row_tiles"), ("col_count", "col_tiles")):
         used = torch.arange(getattr(wanted, lists).shape[1]) < getattr(wanted, counts).sum(1, keepdim=True)
         torch.testing.assert_close(
-            torch.where(used, getattr(got, lists).cpu(), 0), torch.where(used, getattr(wanted, lists), 0), rtol=0, atol=0
+            torch.where(used, getattr(got, lists).cpu(), 0),
+            torch.where(used, getattr(wanted, lists), 0),
+            rtol=0,
+            atol=0,
         )
 
 
@@ -220,7 +233,10 @@ def test_captured_graph_follows_the_mask(backend: str) -> None:
     weight = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
     dense = torch.ones(shape, dtype=torch.bool, device="cuda")
     mask = cases.to_device(
-        cases.tile_tensors(torch.ones(4, 8, dtype=torch.uint8), torch.ones(shape, dtype=torch.bool), shape, tile), "cuda"
+        cases.tile_tensors(
+            torch.ones(4, 8, dtype=torch.uint8), torch.ones(shape, dtype=torch.bool), shape, tile
+        ),
+        "cuda",
     )
 
     def step() -> torch.Tensor:
@@ -246,7 +262,9 @@ def test_captured_graph_follows_the_mask(backend: str) -> None:
 @pytest.mark.gpu
 def test_nothing_kept_and_nothing_given() -> None:
     shape, tile = (128, 192), (64, 64)
-    mask = cases.to_device(cases.tile_tensors(torch.zeros(2, 3, dtype=torch.uint8), None, shape, tile), "cuda")
+    mask = cases.to_device(
+        cases.tile_tensors(torch.zeros(2, 3, dtype=torch.uint8), None, shape, tile), "cuda"
+    )
     weight = torch.full(shape, torch.nan, dtype=torch.bfloat16, device="cuda")
     bias = torch.randn(shape[0], dtype=torch.bfloat16, device="cuda")
     for batch in (0, 1, 70):

@@ -24,7 +24,7 @@ class Compiled(NamedTuple):
 
 
 def compile_launch(launch: Any, tensors: list[str | None]) -> Compiled:
-    """Compiles what ``launch`` (a ``Launch``) would run, given the kinds of its tensors, for an H100 or H200."""
+    """Compiles what a ``Launch`` would run, given the kinds of its tensors, for an H100 or H200."""
     kernel, names = launch._kernel, launch._kernel.arg_names
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}

@@ -1,4 +1,4 @@
-"""Masked product in CUDA C++: mask to lists, products of up to 8 rows, and wgmma products over 64- and 128-tiles."""
+"""Masked product in CUDA C++: mask to lists, up to 8 rows of x, and wgmma over 64- and 128-tiles."""
 
 from __future__ import annotations
 
@@ -34,12 +34,16 @@ def forward(
     """
     refusal = forward_refusal(x, weight, mask, int8_activations)
     if refusal is not None:
-        raise KernelUnavailable(f"no CUDA C++ kernel for this masked product: {refusal}; use backend='triton'")
+        raise KernelUnavailable(
+            f"no CUDA C++ kernel for this masked product: {refusal}; use backend='triton'"
+        )
     y = x.new_empty((x.shape[0], mask.shape[0]))
     if y.numel() == 0:
         return y
     module = native.cuda()
-    launch = module.masked_matmul_few_rows if x.shape[0] <= MAX_FEW_ROWS else module.masked_matmul_hopper_tiles
+    launch = (
+        module.masked_matmul_few_rows if x.shape[0] <= MAX_FEW_ROWS else module.masked_matmul_hopper_tiles
+    )
     launch(
         (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()),
         _pointers(mask), (*mask.shape, *mask.tile), x.shape[0], x.stride(0), ELEMENTS[x.dtype], _stream(x),
@@ -50,7 +54,7 @@ def forward(
 def forward_refusal(
     x: torch.Tensor, weight: torch.Tensor, mask: TileTensors, int8_activations: bool = False
 ) -> str | None:
-    """Returns why ``forward`` does not cover a case, or None where it does; looks at shapes only, never at data."""
+    """Returns why ``forward`` does not cover a case, or None; looks at shapes only, never at data."""
     vector = 16 // x.element_size()
     (batch, K), columns = x.shape, mask.tile[1]
     if mask.input_permutation is not None:

@@ -1,12 +1,12 @@
 # mypy: disable-error-code="misc,no-untyped-call,no-untyped-def"
 """Masked product in Triton over tile lists on the device: forward, gradient to x, sampled gradient to W.
 
-One kernel serves both directions.  It reads O out-features made from I in-features: O, I = N, K forward and K, N for
-the gradient to x, where the weight is read transposed and the lists run by column.  The tiles of a row that live
-are read as one long axis, BLOCK_I positions at a time, so that several small tiles share one tensor-core product.
-The host never learns how many tiles live: a captured CUDA graph follows the mask.
+One kernel serves both directions.  It makes O out-features from I in-features: O, I = N, K forward, and K, N
+for the gradient to x, where the weight is read transposed and the lists run by column.  The live tiles of a
+row are read as one long axis, BLOCK_I positions at a time, so that several small tiles share one tensor-core
+product.  The host never learns how many tiles live: a captured CUDA graph follows the mask.
 
-Source: Gray et al., GPU Kernels for Block-Sparse Weights (2017), for products that skip blocks; here the weights
+Source: Gray et al., GPU Kernels for Block-Sparse Weights (2017), for products that skip blocks; here weights
 stay dense and only lists change.
 """
 
@@ -131,8 +131,8 @@ def _product(
         dot_precision(source.dtype), tuple(tensor is not None for tensor in optional), blocks,
     )  # fmt: skip
     launch(
-        current_stream(source.device.index or 0), source, rounded, weight, mask.bits, mask.payload, mask.scale, count,
-        tiles, gather, scatter, bias, out,
+        current_stream(source.device.index or 0), source, rounded, weight, mask.bits, mask.payload,
+        mask.scale, count, tiles, gather, scatter, bias, out,
     )  # fmt: skip
 
 
@@ -141,7 +141,9 @@ def product_blocks(batch: int, tile_outs: int, tile_ins: int, dtype: torch.dtype
     outs = min(128, max(16, triton.next_power_of_2(tile_outs)))
     rows = min(128, max(16, triton.next_power_of_2(batch)))
     if dtype is torch.float32:
-        return Blocks(min(64, rows), min(64, outs), 32, 4, 2) if exact else Blocks(rows, min(64, outs), 32, 4, 3)
+        return (
+            Blocks(min(64, rows), min(64, outs), 32, 4, 2) if exact else Blocks(rows, min(64, outs), 32, 4, 3)
+        )
     return Blocks(rows, outs, 64, 8 if outs * rows > 8192 else 4, 4)
 
 
@@ -188,7 +190,9 @@ def _product_launch(
         "WEIGHT_LEFT": blocks.outs >= 64,
         "PRECISION": precision,
     }
-    programs = triton.cdiv(outs, tile_outs) * triton.cdiv(tile_outs, blocks.outs) * triton.cdiv(batch, blocks.batch)
+    programs = (
+        triton.cdiv(outs, tile_outs) * triton.cdiv(tile_outs, blocks.outs) * triton.cdiv(batch, blocks.batch)
+    )
     sizes = (batch, outs, ins, source_stride, *weight_strides, *scale_strides, triton.cdiv(K, 32), capacity)
     return Launch(
         _product_kernel, (programs, 1, 1), sizes, constants, warps=blocks.warps, stages=blocks.stages
@@ -239,8 +243,8 @@ def _kept(bits, rows, columns, words):
 
 
 @triton.jit
-def _add_tiles(accumulator, source, batch_offsets, weight, bits, scale, tiles, gather, outs, start, live, ins,
-               weight_o, weight_i, scale_i, words, TILE_I: tl.constexpr, BLOCK_I: tl.constexpr,
+def _add_tiles(accumulator, source, batch_offsets, weight, bits, scale, tiles, gather, outs, start, live,
+               ins, weight_o, weight_i, scale_i, words, TILE_I: tl.constexpr, BLOCK_I: tl.constexpr,
                MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, WEIGHT_LEFT: tl.constexpr, INT8: tl.constexpr,
                PRECISION: tl.constexpr):
     """Adds the product with BLOCK_I positions of the live tiles, from position ``start``."""
@@ -296,30 +300,31 @@ def _add_tiles(accumulator, source, batch_offsets, weight, bits, scale, tiles, g
 
 
 @triton.jit
-def _add_list(accumulator, source, batch_offsets, weight, bits, scale, tiles, gather, outs, live, ins, weight_o,
-              weight_i, scale_i, words, TILE_I: tl.constexpr, BLOCK_I: tl.constexpr, EVEN_I: tl.constexpr,
-              TRANSPOSED: tl.constexpr, WEIGHT_LEFT: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr):
+def _add_list(accumulator, source, batch_offsets, weight, bits, scale, tiles, gather, outs, live, ins,
+              weight_o, weight_i, scale_i, words, TILE_I: tl.constexpr, BLOCK_I: tl.constexpr,
+              EVEN_I: tl.constexpr, TRANSPOSED: tl.constexpr, WEIGHT_LEFT: tl.constexpr, INT8: tl.constexpr,
+              PRECISION: tl.constexpr):
     """Adds the product with ``live`` positions: whole blocks without conditions, then what is left."""
     WHOLE: tl.constexpr = EVEN_I and TILE_I % BLOCK_I == 0
     full = live // BLOCK_I * BLOCK_I if EVEN_I else 0
     for start in range(0, full, BLOCK_I):
-        accumulator = _add_tiles(accumulator, source, batch_offsets, weight, bits, scale, tiles, gather, outs,
-                                 start, live, ins, weight_o, weight_i, scale_i, words, TILE_I, BLOCK_I, False,
-                                 TRANSPOSED, WEIGHT_LEFT, INT8, PRECISION)
+        accumulator = _add_tiles(accumulator, source, batch_offsets, weight, bits, scale, tiles, gather,
+                                 outs, start, live, ins, weight_o, weight_i, scale_i, words, TILE_I, BLOCK_I,
+                                 False, TRANSPOSED, WEIGHT_LEFT, INT8, PRECISION)
     if not WHOLE:
         for start in range(full, live, BLOCK_I):
-            accumulator = _add_tiles(accumulator, source, batch_offsets, weight, bits, scale, tiles, gather, outs,
-                                     start, live, ins, weight_o, weight_i, scale_i, words, TILE_I, BLOCK_I, True,
-                                     TRANSPOSED, WEIGHT_LEFT, INT8, PRECISION)
+            accumulator = _add_tiles(accumulator, source, batch_offsets, weight, bits, scale, tiles, gather,
+                                     outs, start, live, ins, weight_o, weight_i, scale_i, words, TILE_I,
+                                     BLOCK_I, True, TRANSPOSED, WEIGHT_LEFT, INT8, PRECISION)
     return accumulator
 
 
 @triton.jit
-def _product_kernel(source, rounded, weight, bits, payload, scale, count, tiles, gather, scatter, bias, out, batch,
-                    out_count, ins, source_stride, weight_o, weight_i, scale_o, scale_i, words, capacity, TILE_O: tl.constexpr,
-                    TILE_I: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
-                    EVEN_O: tl.constexpr, EVEN_I: tl.constexpr, TRANSPOSED: tl.constexpr,
-                    WEIGHT_LEFT: tl.constexpr, PRECISION: tl.constexpr):
+def _product_kernel(source, rounded, weight, bits, payload, scale, count, tiles, gather, scatter, bias, out,
+                    batch, out_count, ins, source_stride, weight_o, weight_i, scale_o, scale_i, words,
+                    capacity, TILE_O: tl.constexpr, TILE_I: tl.constexpr, BLOCK_B: tl.constexpr,
+                    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, EVEN_O: tl.constexpr, EVEN_I: tl.constexpr,
+                    TRANSPOSED: tl.constexpr, WEIGHT_LEFT: tl.constexpr, PRECISION: tl.constexpr):
     PARTS: tl.constexpr = (TILE_O + BLOCK_O - 1) // BLOCK_O
     batch_blocks = tl.cdiv(batch, BLOCK_B)
     part = tl.program_id(0) // batch_blocks
@@ -337,15 +342,15 @@ def _product_kernel(source, rounded, weight, bits, payload, scale, count, tiles,
         accumulator = tl.zeros([BLOCK_O, BLOCK_B], tl.float32)
     else:
         accumulator = tl.zeros([BLOCK_B, BLOCK_O], tl.float32)
-    accumulator = _add_list(accumulator, source, offsets, weight, bits, scale, tiles, gather, rows, keep * TILE_I, ins,
-                            weight_o, weight_i, scale_i, words, TILE_I, BLOCK_I, EVEN_I, TRANSPOSED, WEIGHT_LEFT,
-                            False, PRECISION)
+    accumulator = _add_list(accumulator, source, offsets, weight, bits, scale, tiles, gather, rows, keep *
+                            TILE_I, ins, weight_o, weight_i, scale_i, words, TILE_I, BLOCK_I, EVEN_I,
+                            TRANSPOSED, WEIGHT_LEFT, False, PRECISION)
     if payload is not None:
         int8 = tl.load(count + 2 * row_tile + 1)
         seen = source if rounded is None else rounded
-        accumulator = _add_list(accumulator, seen, offsets, payload, bits, scale + row_tile * scale_o, tiles + keep,
-                                gather, rows, int8 * TILE_I, ins, weight_o, weight_i, scale_i, words, TILE_I, BLOCK_I,
-                                EVEN_I, TRANSPOSED, WEIGHT_LEFT, True, PRECISION)
+        accumulator = _add_list(accumulator, seen, offsets, payload, bits, scale + row_tile * scale_o, tiles
+                                + keep, gather, rows, int8 * TILE_I, ins, weight_o, weight_i, scale_i, words,
+                                TILE_I, BLOCK_I, EVEN_I, TRANSPOSED, WEIGHT_LEFT, True, PRECISION)
     features = outs if scatter is None else tl.load(scatter + outs, real, other=0)
     if bias is not None:
         added = tl.load(bias + features, real, other=0).to(tl.float32)
@@ -359,11 +364,11 @@ def _product_kernel(source, rounded, weight, bits, payload, scale, count, tiles,
 
 
 @triton.jit
-def _sampled_kernel(grad_y, x, state, bits, count, tiles, gather, scatter, grad, batch, outs, ins, grad_stride,
-                    x_stride, words, capacity, TILE_O: tl.constexpr, TILE_I: tl.constexpr, BLOCK_B: tl.constexpr,
-                    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr, EVEN_B: tl.constexpr,
-                    PRECISION: tl.constexpr):
-    """Program (g, i) owns GROUP tiles of row i twice over: slots of the list, and places, to clear those pruned."""
+def _sampled_kernel(grad_y, x, state, bits, count, tiles, gather, scatter, grad, batch, outs, ins,
+                    grad_stride, x_stride, words, capacity, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
+                    BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+                    GROUP: tl.constexpr, EVEN_B: tl.constexpr, PRECISION: tl.constexpr):
+    """Program (g, i) owns GROUP tiles of row i twice over: list slots, and places, to clear those pruned."""
     OUT_PARTS: tl.constexpr = (TILE_O + BLOCK_O - 1) // BLOCK_O
     IN_PARTS: tl.constexpr = (GROUP * TILE_I + BLOCK_I - 1) // BLOCK_I
     row_tile = tl.program_id(1) // OUT_PARTS
