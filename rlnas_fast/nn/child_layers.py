@@ -61,13 +61,20 @@ def linear_unit(features_in: int, features_out: int, *, normalise: bool) -> nn.S
     return nn.Sequential(*layers)
 
 
-def initialise(module: nn.Module) -> nn.Module:
-    """Draws weights for rectifiers (He et al. 2015) and sets every bias to 0; returns ``module``."""
+def initialise(module: nn.Sequential) -> nn.Sequential:
+    """Draws weights for rectifiers (He et al. 2015), biases 0; the last layer begins at 0, as a guess.
+
+    Returns:
+        ``module``, whose last layer is the linear classifier.
+    """
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+    classifier = module[-1]
+    assert isinstance(classifier, nn.Linear)
+    nn.init.zeros_(classifier.weight)
     return module
 
 

@@ -28,6 +28,9 @@ _VOCABULARY = (
 )
 # The stem halves images of this side and larger: attention costs the square of the positions.
 _LARGE_SIDE = 24
+# The classifier sees at most this many rows and columns.  Averaging all positions away costs 5 points of
+# Fashion-MNIST after one epoch of 10,000 images (0.825 at 2 x 2, 0.84 at 4 x 4, 0.88 at 7 x 7).
+_HEAD_SIDE = 8
 
 
 class _Layer(NamedTuple):
@@ -47,7 +50,7 @@ class _Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class MacroCNN:
-    """A stem and ``layers`` layers, then pooling to 2 x 2 and a linear classifier.
+    """A stem and ``layers`` layers, then a linear classifier on at most 8 x 8 positions.
 
     Four decisions a layer.  A convolution answers with ``width`` channels, normalised and activated; a
     pool halves the image and has neither.  Connectivity says what becomes of a layer's answer f(x):
@@ -95,7 +98,7 @@ class MacroCNN:
         """Which choices may follow ``prefix``: bool [5] or [4]."""
         kind, choices = _VOCABULARY[len(prefix) % 4]
         start = len(prefix) // 4 * 4
-        side = self._side(prefix[:start])
+        side = min(self._sides(prefix[:start]))
         allowed = np.ones(len(choices), dtype=bool)
         if kind == "type":
             allowed[TYPES.index("conv5x5")] = side >= 3
@@ -132,7 +135,9 @@ class MacroCNN:
             modules.append(_build(layer, channels, self.width))
             if not layer.is_pool:
                 channels = self.width + channels * (layer.connectivity == "dense")
-        modules += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, task_spec.outputs)]
+        sides = tuple(min(side, _HEAD_SIDE) for side in self._sides(architecture.choices))
+        features = channels * math.prod(sides)
+        modules += [nn.AdaptiveAvgPool2d(sides), nn.Flatten(), nn.Linear(features, task_spec.outputs)]
         return initialise(nn.Sequential(*modules))
 
     def _layers(self, choices: tuple[int, ...]) -> Iterator[_Layer]:
@@ -140,13 +145,10 @@ class MacroCNN:
             named = zip(_VOCABULARY, choices[start : start + 4], strict=True)
             yield _Layer(*(vocabulary[choice] for (_, vocabulary), choice in named))
 
-    def _side(self, choices: tuple[int, ...]) -> int:
-        """Shorter side of the image after whole layers."""
-        side = min(self.task_spec.input_shape[1:])
+    def _sides(self, choices: tuple[int, ...]) -> tuple[int, ...]:
+        """Height and width of the image after whole layers."""
         halvings = (_stem_stride(self.task_spec) == 2) + sum("pool" in TYPES[c] for c in choices[::4])
-        for _ in range(halvings):
-            side = (side + 1) // 2
-        return side
+        return tuple(-(-side // 2**halvings) for side in self.task_spec.input_shape[1:])
 
 
 @lru_cache
