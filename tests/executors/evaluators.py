@@ -108,3 +108,19 @@ class Placed(Deterministic):
             "children_allowed": float(not multiprocessing.current_process().daemon),
         }
         return replace(super().evaluate(request), extra=extra)
+
+
+@dataclass(frozen=True)
+class KillsEveryTenth(Deterministic):
+    """Kills its worker at every tenth key it meets, the first time only; uneven evaluation times."""
+
+    folder: Path = Path()
+
+    def evaluate(self, request: Request) -> Measurement:
+        number = request.architecture.choices[0] * 8 + request.architecture.choices[1]
+        marker = self.folder / str(number)
+        if number % 10 == 3 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.001 * (number % 3))
+        return super().evaluate(request)
