@@ -80,7 +80,7 @@ def _measure_pass(device: str, count: int, order: int) -> list[dict[str, float |
     for index in sequence:
         costs[index]["latency_s"] = meter_for(device).measure(calls[index]).latency_s
         if device != "cpu":
-            seconds = 5.0 if index < 6 else None  # energy takes time: of the first six
+            seconds = 5.0 if index < count // 6 else None  # energy takes its time: one network in six
             cost = CudaEventMeter(device, graph=True, energy_seconds=seconds).measure(calls[index])
             costs[index] |= {"graph_latency_s": cost.latency_s, "energy_j": cost.energy_j}
             if seconds:

@@ -69,13 +69,14 @@ def measure_energy(
     Source: "Part-time Power Measurements", Yang et al. (2023), on what the counters of boards do.
     """
     try:
-        before = _Watch(board)
+        watch = _Watch(board)
         try:
-            clock = _Counter(board)
-            idle = clock.idle_window()
+            counter = _Counter(board)
+            idle = counter.idle_window()
         except NotSupported:
-            return _integrated(board, before, call, synchronize, seconds)
-        return _counted(board, before, clock, idle, call, synchronize, seconds, most_seconds)
+            return _integrated(board, watch, call, synchronize, seconds)
+        work = _Work(board, call, synchronize, idle.tick_s / 5)
+        return _counted(board, watch, counter, idle, work, seconds, most_seconds)
     except MeterError as error:
         return Energy(reason=str(error))
 
@@ -84,12 +85,50 @@ class Spoiled(MeterError):
     """Something happened within the window that no figure survives."""
 
 
+class _Work:
+    """The calls, in batches that take about ``batch_s``: a board is asked in between."""
+
+    def __init__(
+        self, board: Board, call: Callable[[], Any], synchronize: Callable[[], Any], batch_s: float
+    ) -> None:
+        self._board = board
+        self._call = call
+        self._synchronize = synchronize
+        self.size = 1
+        self.calls = 0
+        self.busy_s = 0.0
+        while (took_s := self.run()) < batch_s / 2:
+            self.size *= 2
+        fitting = max(1, round(self.size * batch_s / took_s))
+        self.batch_s = took_s * fitting / self.size
+        self.size = fitting
+
+    def start(self) -> None:
+        """Makes the calls of one batch; they may go on after it returns."""
+        for _ in range(self.size):
+            self._call()
+
+    def run(self) -> float:
+        """Makes the calls of one batch, waits for them, and returns the seconds that took."""
+        began = self._board.now()
+        self.start()
+        return self.finish(began)
+
+    def finish(self, began: float) -> float:
+        """Waits for the calls that were started at ``began``."""
+        self._synchronize()
+        took_s = self._board.now() - began
+        self.calls += self.size
+        self.busy_s += took_s
+        return took_s
+
+
 @dataclass(frozen=True)
 class _Mark:
-    """The counter right after one of its ticks."""
+    """The energy until some moment, and the work done until then."""
 
     time_s: float
-    energy_mj: int
+    energy_j: float
     calls: int = 0
     busy_s: float = 0.0
 
@@ -107,15 +146,27 @@ class _Counter:
         self._board = board
         self._last_mj = board.energy_mj()
 
-    def ticked(self, calls: int = 0, busy_s: float = 0.0) -> _Mark | None:
-        """The counter if it has ticked since it was read last, with what was done until now."""
+    def ticked(self, work: _Work | None = None) -> _Mark | None:
+        """A mark if the counter has ticked since it was read last."""
         energy_mj = self._board.energy_mj()
         if energy_mj < self._last_mj:
             raise Spoiled(f"the energy counter was reset: {self._last_mj} mJ, then {energy_mj} mJ")
         if energy_mj == self._last_mj:
             return None
         self._last_mj = energy_mj
-        return _Mark(self._board.now(), energy_mj, calls, busy_s)
+        calls, busy_s = (work.calls, work.busy_s) if work else (0, 0.0)
+        return _Mark(self._board.now(), energy_mj / 1e3, calls, busy_s)
+
+    def next_tick(self, work: _Work | None = None) -> _Mark:
+        """Waits for the counter to tick."""
+        self.ticked()  # what it has done until now is of no use: when was that?
+        started = self._board.now()
+        while self._board.now() - started < STILL_SECONDS:
+            mark = self.ticked(work)
+            if mark is not None:
+                return mark
+            self._board.wait(0.0005)
+        raise Spoiled(f"the energy counter stood still for {STILL_SECONDS:g} s")
 
     def idle_window(self, seconds: float = 0.3, ticks: int = 5) -> _Idle:
         """Power of an idle board, and seconds between two ticks."""
@@ -124,19 +175,8 @@ class _Counter:
         while seen < ticks or last.time_s - first.time_s < seconds:
             last = self.next_tick()
             seen += 1
-        elapsed = last.time_s - first.time_s
-        return _Idle((last.energy_mj - first.energy_mj) / 1e3 / elapsed, elapsed / seen)
-
-    def next_tick(self, calls: int = 0, busy_s: float = 0.0) -> _Mark:
-        """Waits for the counter to tick."""
-        self.ticked()  # what it has done until now is of no use: when was that?
-        started = self._board.now()
-        while self._board.now() - started < STILL_SECONDS:
-            mark = self.ticked(calls, busy_s)
-            if mark is not None:
-                return mark
-            self._board.wait(0.0005)
-        raise Spoiled(f"the energy counter stood still for {STILL_SECONDS:g} s")
+        elapsed_s = last.time_s - first.time_s
+        return _Idle((last.energy_j - first.energy_j) / elapsed_s, elapsed_s / seen)
 
 
 class _Watch:
@@ -184,65 +224,39 @@ def _counted(
     watch: _Watch,
     counter: _Counter,
     idle: _Idle,
-    call: Callable[[], Any],
-    synchronize: Callable[[], Any],
+    work: _Work,
     seconds: float,
     most_seconds: float,
 ) -> Energy:
-    batch, batch_s = _batch(board, call, synchronize, idle.tick_s / 5)
     wanted_s = max(seconds, (LEAST_TICKS + 1) * idle.tick_s)
     # A tick is seen at the end of a batch.  Where one call is too long for that, the board waits for it.
-    waits = batch_s > idle.tick_s / 2
+    waits = work.batch_s > idle.tick_s / 2
     marks: list[_Mark] = []
-    calls, busy_s = 0, 0.0
     started = board.now()
-    while True:
-        begun = board.now()
-        for _ in range(batch):
-            call()
-        synchronize()
-        calls += batch
-        now = board.now()
-        busy_s += now - begun
+    while not marks or marks[-1].time_s - marks[0].time_s < wanted_s:
+        work.run()
         watch.look()
-        if now - started > most_seconds + 3 * idle.tick_s:
+        mark = None if waits else counter.ticked(work)
+        elapsed_s = board.now() - started
+        if elapsed_s > most_seconds + 3 * idle.tick_s:
             break
-        mark = None if waits else counter.ticked(calls, busy_s)
-        if now - started < min(0.2, seconds / 4):  # the board's power rises first
+        if elapsed_s < min(0.2, seconds / 4):  # the board's power rises first
             continue
-        if waits and (not marks or now - marks[-1].time_s >= wanted_s / 5):
-            mark = counter.next_tick(calls, busy_s)
-        if mark is None:
-            continue
-        if not marks:
+        if waits and (not marks or board.now() - marks[-1].time_s >= wanted_s / 5):
+            mark = counter.next_tick(work)
+        if mark is not None:
+            marks.append(mark)
+        if len(marks) == 1:
             watch.started()
-        marks.append(mark)
-        if mark.time_s - marks[0].time_s >= wanted_s:
-            break
-    caveats = watch.caveats()
     if len(marks) < 2:
         raise Spoiled(f"the energy counter did not tick within {most_seconds:g} s")
-    window_s = marks[-1].time_s - marks[0].time_s
-    ticks = round(window_s / idle.tick_s)
+    caveats = watch.caveats()
+    ticks = round((marks[-1].time_s - marks[0].time_s) / idle.tick_s)
     if ticks < LEAST_TICKS:
         caveats += (
             f"energy window of {ticks} ticks, {LEAST_TICKS} are needed: off by up to {1 / ticks:.0%}",
         )
-    energy_j = _joules_a_call(marks[0], marks[-1], idle.power_w)
-    calls = marks[-1].calls - marks[0].calls
-    parts = [_joules_a_call(a, b, idle.power_w) for a, b in _parts(marks)]
-    return _result(
-        energy_j=energy_j,
-        parts=parts,
-        base=Energy(
-            power_w=idle.power_w + energy_j * calls / (marks[-1].busy_s - marks[0].busy_s),
-            idle_power_w=idle.power_w,
-            window_s=window_s,
-            ticks=ticks,
-            calls=calls,
-            caveats=caveats,
-        ),
-    )
+    return _energy(marks, idle.power_w, ticks, caveats)
 
 
 def _integrated(
@@ -254,53 +268,53 @@ def _integrated(
     while board.now() - started < 0.5:
         idle.append(board.power_mw() / 1e3)
         board.wait(0.005)
-    idle_w = statistics.fmean(idle)
     averaged = board.averaged_power()
     caveats: tuple[str, ...] = ("energy from integrated power, for want of a counter",)
     if averaged:
         caveats += ("power is averaged over about a second on this board",)
-    batch, _ = _batch(board, call, synchronize, 0.005)
-    _repeat(board, call, synchronize, batch, 1.0 if averaged else 0.2)
+    work = _Work(board, call, synchronize, 0.005)
+    started = board.now()
+    while board.now() - started < (1.0 if averaged else 0.2):
+        work.run()
     watch.started()
-    marks = [_Mark(board.now(), 0)]
-    calls, joules, power_w = 0, 0.0, board.power_mw() / 1e3
+    joules, power_w = 0.0, board.power_mw() / 1e3
+    marks = [_Mark(board.now(), 0.0, work.calls, work.busy_s)]
     while marks[-1].time_s - marks[0].time_s < seconds:
-        for _ in range(batch):
-            call()
-        calls += batch
-        # Read while the calls run: after them the board is already idle.
-        now_w = board.power_mw() / 1e3
-        synchronize()
+        before_w, began = power_w, board.now()
+        work.start()
+        power_w = board.power_mw() / 1e3  # while the calls run: after them the board is idle already
+        work.finish(began)
         watch.look()
         now = board.now()
-        joules += (now_w + power_w) / 2 * (now - marks[-1].time_s)
-        power_w = now_w
-        marks.append(_Mark(now, round(joules * 1e3), calls))
-    window_s = marks[-1].time_s - marks[0].time_s
-    return _result(
-        energy_j=_joules_a_call(marks[0], marks[-1], idle_w),
-        parts=[_joules_a_call(a, b, idle_w) for a, b in _parts(marks)],
-        base=Energy(
-            power_w=joules / window_s,
-            idle_power_w=idle_w,
-            window_s=window_s,
-            calls=calls,
-            caveats=caveats + watch.caveats(),
-        ),
+        joules += (before_w + power_w) / 2 * (now - marks[-1].time_s)
+        marks.append(_Mark(now, joules, work.calls, work.busy_s))
+    return _energy(marks, statistics.fmean(idle), None, caveats + watch.caveats())
+
+
+def _energy(marks: list[_Mark], idle_w: float, ticks: int | None, caveats: tuple[str, ...]) -> Energy:
+    """What the work between the first and the last mark took, and the same for parts of it."""
+    first, last = marks[0], marks[-1]
+    calls = last.calls - first.calls
+    energy_j = _joules_a_call(first, last, idle_w)
+    found = Energy(
+        power_w=idle_w + energy_j * calls / (last.busy_s - first.busy_s),
+        idle_power_w=idle_w,
+        window_s=last.time_s - first.time_s,
+        ticks=ticks,
+        calls=calls,
+        caveats=caveats,
     )
-
-
-def _result(energy_j: float, parts: list[float], base: Energy) -> Energy:
     if energy_j <= 0:
-        return replace(base, reason=f"the calls draw no more than the idle board: {base.power_w:.1f} W")
-    half = 2 * statistics.stdev(parts) / math.sqrt(len(parts)) if len(parts) > 1 else math.nan
-    if math.isnan(half):
-        return replace(base, energy_j=energy_j)
-    return replace(base, energy_j=energy_j, energy_low_j=energy_j - half, energy_high_j=energy_j + half)
+        return replace(found, reason=f"the calls draw no more than the idle board: {found.power_w:.1f} W")
+    parts = [_joules_a_call(a, b, idle_w) for a, b in _parts(marks)]
+    if len(parts) < 2:
+        return replace(found, energy_j=energy_j)
+    half_j = 2 * statistics.stdev(parts) / math.sqrt(len(parts))
+    return replace(found, energy_j=energy_j, energy_low_j=energy_j - half_j, energy_high_j=energy_j + half_j)
 
 
 def _joules_a_call(first: _Mark, last: _Mark, idle_w: float) -> float:
-    joules = (last.energy_mj - first.energy_mj) / 1e3 - idle_w * (last.time_s - first.time_s)
+    joules = last.energy_j - first.energy_j - idle_w * (last.time_s - first.time_s)
     return joules / (last.calls - first.calls)
 
 
@@ -309,30 +323,3 @@ def _parts(marks: list[_Mark], most: int = 10) -> list[tuple[_Mark, _Mark]]:
     count = min(most, len(marks) - 1)
     bounds = [marks[round(i * (len(marks) - 1) / count)] for i in range(count + 1)]
     return [(a, b) for a, b in itertools.pairwise(bounds) if b.calls > a.calls]
-
-
-def _batch(
-    board: Board, call: Callable[[], Any], synchronize: Callable[[], Any], seconds: float
-) -> tuple[int, float]:
-    """(how many calls take about ``seconds``, at least one; how long they take)."""
-    batch = 1
-    while True:
-        started = board.now()
-        for _ in range(batch):
-            call()
-        synchronize()
-        elapsed = board.now() - started
-        if elapsed >= seconds / 2:
-            wanted = max(1, round(batch * seconds / elapsed))
-            return wanted, elapsed * wanted / batch
-        batch *= 2
-
-
-def _repeat(
-    board: Board, call: Callable[[], Any], synchronize: Callable[[], Any], batch: int, seconds: float
-) -> None:
-    started = board.now()
-    while board.now() - started < seconds:
-        for _ in range(batch):
-            call()
-        synchronize()
