@@ -211,7 +211,7 @@ def build(config: SearchConfig, objects: Mapping[str, Any] | None = None) -> Par
     task_spec = TABLE_SPEC if task is None else task.spec
     space = _part("space", given, config.space, task_spec)
     strategy = _part("strategy", given, config.strategy, space, seed=config.seed)
-    devices = [resolve_device(name) for name in config.devices or (config.device,)]
+    devices = ["cpu"] if tabular else [resolve_device(name) for name in config.devices or (config.device,)]
     if "evaluator" in given or config.evaluator.name != "train-child":
         evaluator = _part("evaluator", given, config.evaluator, space, task)
     else:

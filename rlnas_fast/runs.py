@@ -316,6 +316,7 @@ def _summary(
             str(number): [m.accuracy for m in measured] for number, measured in confirmations.items()
         },
         "test_accuracy": test_accuracy,
+        "score": chosen.measurement.value("score") if chosen else None,
         "evaluator": dict(parts.evaluator.identity()),
         "versions": versions(),
     }

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlnas_fast import compose
@@ -102,3 +103,43 @@ def test_a_file_that_is_not_toml_is_one_line(tmp_path: Path) -> None:
         read_config({}, file)
     with pytest.raises(ConfigError, match="cannot read the configuration"):
         read_config({}, tmp_path / "missing.toml")
+
+
+def test_the_reward_follows_what_is_measured(tmp_path: Path) -> None:
+    assert compose.build(read_config({})).config.reward == Component(name="soft")
+    table = write_table(tmp_path / "table.npz")
+    without = read_config({**TABLE, "evaluator.data": str(table)})
+    assert compose.build(without).config.reward == Component(name="accuracy")
+    timed = read_config({**TABLE, "evaluator.data": str(table), "evaluator.latency_column": "latency"})
+    assert compose.build(timed).config.reward == Component(name="soft")
+    with pytest.raises(ConfigError, match="the reward needs 'latency_s'"):
+        compose.build(read_config({**TABLE, "evaluator.data": str(table), "reward": "hard"}))
+
+
+def test_workers_and_limits_choose_the_executor() -> None:
+    from rlnas_fast.executors.process_pool import ProcessPool
+    from rlnas_fast.executors.serial import Serial
+
+    assert isinstance(compose.build(read_config({})).executor, Serial)
+    assert isinstance(compose.build(read_config({"workers": 2})).executor, ProcessPool)
+    assert isinstance(compose.build(read_config({"child_timeout_seconds": 9.0})).executor, ProcessPool)
+    with pytest.raises(ConfigError, match=r"devices.*name each one once"):
+        compose.build(read_config({"devices": ["cpu", "cpu"]}))
+    with pytest.raises(ConfigError, match="each device has one worker"):
+        read_config({"devices": ["cpu", "cuda:0"], "workers": 3})
+
+
+TABLE = {
+    "space": "nasbench-macro",
+    "evaluator": "tabular",
+    "evaluator.reward_column": "mean_acc",
+}
+
+
+def write_table(file: Path) -> Path:
+    rng = np.random.default_rng(0)
+    choices = np.stack(np.meshgrid(*[np.arange(3)] * 8, indexing="ij"), axis=-1).reshape(-1, 8)
+    np.savez(
+        file, choices=choices, mean_acc=90 + rng.random(len(choices)), latency=1 + rng.random(len(choices))
+    )
+    return file

@@ -41,6 +41,11 @@ def print_result(result: RunResult) -> None:
             console.print(f"Trained again with other seeds: validation accuracy {figures}", highlight=False)
         if result.test_accuracy is not None:
             console.print(f"Test accuracy: {100 * result.test_accuracy:.2f} % (read once)", highlight=False)
+        if summary["score"] is not None:
+            console.print(
+                f"Score in the table: {100 * summary['score']:.2f} % (the search never saw it)",
+                highlight=False,
+            )
     console.print(f"Everything is in {result.folder}", highlight=False, soft_wrap=True)
 
 
