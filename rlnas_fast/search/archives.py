@@ -22,7 +22,8 @@ def read_npz(
             (the message lists those it has).
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} is a single array; give an .npz archive")
             missing = [name for name in required if name not in archive.files]

@@ -178,7 +178,7 @@ def _checked(what: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.nd
         raise DataError(f"{what}: label {y.min()} is out of range; labels count from 0")
     if x.ndim == 3:
         x = x[:, None]
-    elif x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
+    elif x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
         x = x.transpose(0, 3, 1, 2)
     if x.dtype != np.uint8:
         x = x.astype(np.float32)
