@@ -15,6 +15,7 @@ from .nvml import Board, BoardState, NotSupported
 LEAST_TICKS = 50
 STILL_SECONDS = 3.0
 STATE_SECONDS = 0.05
+SETTLE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ class _Watch:
         shared = board.shared()
         if shared:
             raise Spoiled(shared)
+        self._settle()
         self._first = self._look()
         self._clocks = [self._first.clock_mhz or 0]
         self._looked_at = board.now()
@@ -206,6 +208,12 @@ class _Watch:
         self._clocks.append(self._look().clock_mhz or 0)
         low, high = min(self._clocks), max(self._clocks)
         return (f"the clock moved between {low} and {high} MHz",) if low < 0.95 * high else ()
+
+    def _settle(self) -> None:
+        """Clocks that an earlier load held down come back when it is over."""
+        started = self._board.now()
+        while self._board.now() - started < SETTLE_SECONDS and self._board.state().throttled:
+            self._board.wait(STATE_SECONDS)
 
     def _look(self) -> BoardState:
         state = self._board.state()

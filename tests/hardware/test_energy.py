@@ -87,7 +87,12 @@ def test_a_fault_is_named_and_gives_no_number(gpu: Any, line: str, reason: str) 
     assert "\n" not in energy.reason
 
 
-def test_a_throttle_before_the_window_does_not_count(gpu: Any) -> None:
+def test_a_throttle_that_an_earlier_load_left_is_waited_for(gpu: Any) -> None:
+    energy = energy_of(gpu, "at 0.0 throttle 4", "at 0.7 throttle 0")
+    assert energy.energy_j == pytest.approx(0.23, rel=0.02)
+
+
+def test_a_fault_after_the_window_does_not_count(gpu: Any) -> None:
     energy = energy_of(gpu, "at 50 throttle 64", "at 51 reset")
     assert energy.reason is None
 
