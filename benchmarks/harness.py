@@ -108,8 +108,15 @@ def geometric_mean(figures: list[float]) -> float:
     return math.exp(statistics.fmean(math.log(figure) for figure in figures))
 
 
-def main(title: str, measure: Measure, *, processes: int = 3) -> None:
-    """Runs the command line of a benchmark and exits: 1 when ``--check`` finds a must that does not hold."""
+def main(title: str, measure: Measure, *, processes: int = 3, once: Measure | None = None) -> None:
+    """Runs the command line of a benchmark and exits: 1 when ``--check`` finds a must that does not hold.
+
+    Args:
+        title: printed above the table.
+        measure: rows that are the median over several fresh processes.
+        processes: how many.
+        once: rows that need no repetition, such as counts, or that take minutes each.
+    """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--check", action="store_true", help="exit 1 if a must does not hold")
     parser.add_argument("--quick", action="store_true", help="under 2 minutes: fewer repeats, one process")
@@ -120,6 +127,7 @@ def main(title: str, measure: Measure, *, processes: int = 3) -> None:
         print(json.dumps([dataclasses.asdict(row) for row in measure(options.quick)]))
         sys.exit(0)
     rows = _median_rows(options.quick, 1 if options.quick else processes)
+    rows += once(options.quick) if once else []
     _show(title, rows)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
