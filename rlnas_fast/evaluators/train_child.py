@@ -85,8 +85,9 @@ class TrainChild:
         other = copy.copy(self)
         other._device = torch.device(device)
         other._data = None
-        if hasattr(self._meter, "on_device"):
-            other._meter = self._meter.on_device(device)
+        move = getattr(self._meter, "on_device", None)
+        if move is not None:
+            other._meter = move(device)
         return other
 
     def identity(self) -> Mapping[str, str]:

@@ -9,7 +9,7 @@ from ..errors import ConfigError, unknown_name
 from ..search import Budget
 from .augmentation import AUGMENTATIONS
 
-DEFAULT_BUDGET = Budget(epochs=8)
+DEFAULT_BUDGET = Budget(epochs=20)
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Recipe:
     batch_size: int = 64
     weight_decay: float = 1e-4
     warmup: float = 0.1
-    label_smoothing: float = 0.0
-    augment: tuple[str, ...] = ()
+    label_smoothing: float = 0.1
+    augment: tuple[str, ...] = ("shift",)
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
