@@ -49,6 +49,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "reinforce": "rlnas_fast.strategies.reinforce:Reinforce",
         "evolution": "rlnas_fast.strategies.evolution:Evolution",
         "local-search": "rlnas_fast.strategies.local_search:LocalSearch",
+        "model-based": "rlnas_fast.strategies.model_based:ModelBased",
     },
     "reward": {
         "accuracy": "rlnas_fast.search.rewards:accuracy",

@@ -40,8 +40,7 @@ class Evolution:
     ) -> None:
         if not 1 <= sample <= population:
             raise ConfigError(
-                f"sample = {sample}, population = {population}: the sample must be at least 1 and at most the "
-                "population"
+                f"sample = {sample}, population = {population}: the sample must be from 1 to the population"
             )
         self._space = space
         self._rng = np.random.default_rng(seed)

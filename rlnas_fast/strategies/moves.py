@@ -10,20 +10,27 @@ from ..search import Architecture, SearchSpace
 
 
 def neighbours(
-    space: SearchSpace, architecture: Architecture, rng: np.random.Generator
+    space: SearchSpace, architecture: Architecture, rng: np.random.Generator, *, limit: int | None = None
 ) -> list[Architecture]:
     """Every architecture that one changed decision leads to, the later ones being repaired.
 
     Args:
-        rng: draws later decisions whose old choice is no longer valid.
+        rng: draws later decisions whose old choice is no longer valid, and which neighbours are kept.
+        limit: keeps this many, drawn uniformly, where there are more.
     """
     choices = architecture.choices
-    found = []
-    for position, old in enumerate(choices):
-        for choice in np.flatnonzero(space.mask(choices[:position])):
-            if choice != old:
-                found.append(repair(space, (*choices[:position], int(choice), *choices[position + 1 :]), rng))
-    return found
+    moves = [
+        (position, int(choice))
+        for position, old in enumerate(choices)
+        for choice in np.flatnonzero(space.mask(choices[:position]))
+        if choice != old
+    ]
+    if limit is not None and len(moves) > limit:
+        moves = [moves[i] for i in rng.choice(len(moves), size=limit, replace=False)]
+    return [
+        repair(space, (*choices[:position], choice, *choices[position + 1 :]), rng)
+        for position, choice in moves
+    ]
 
 
 def mutate(space: SearchSpace, architecture: Architecture, rng: np.random.Generator) -> Architecture:

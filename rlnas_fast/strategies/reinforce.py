@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..rl.baselines import MovingAverage, ema_advantages
 from ..rl.losses import reinforce_loss
 from ..rl.policies import Choices, RecurrentPolicy
-from ..rl.threads import one_thread
+from ..rl.threads import one_torch_thread
 from ..search import Architecture, SearchContext, SearchSpace, Trial
 from .novelty import Novelty
 
@@ -83,14 +83,14 @@ class Reinforce:
         self._average = MovingAverage()
         self._masks: dict[Choices, Tensor] = {}
 
-    @one_thread()
+    @one_torch_thread()
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
         """``count`` new architectures from the policy; fewer only when the space has no more."""
         asked = self._novelty.fill(count, self._draw)
         self._masks = {a.choices: self._masks[a.choices] for a in asked if a.choices in self._masks}
         return asked
 
-    @one_thread()
+    @one_torch_thread()
     def tell(self, trials: Sequence[Trial]) -> None:
         """One gradient step on ``trials``, whoever proposed them."""
         self._novelty.tell(trials)

@@ -21,6 +21,7 @@ from rlnas_fast.search import (
 )
 from rlnas_fast.strategies.evolution import Evolution
 from rlnas_fast.strategies.local_search import LocalSearch
+from rlnas_fast.strategies.model_based import ModelBased
 from rlnas_fast.strategies.random import RandomSearch
 from rlnas_fast.strategies.reinforce import Reinforce
 
@@ -31,6 +32,8 @@ STRATEGIES: dict[str, Make] = {
     "evolution": Evolution,
     "local-search": LocalSearch,
     "local-search, 4 starts": functools.partial(LocalSearch, starts=4),
+    "model-based": ModelBased,
+    "model-based, early": functools.partial(ModelBased, initial=2, patience=1, memory=6),
     "reinforce": Reinforce,
     "reinforce gru": functools.partial(Reinforce, cell="gru", epsilon=0.2),
 }

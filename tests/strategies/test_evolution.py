@@ -37,5 +37,5 @@ def test_draws_at_random_until_the_population_is_full(grid: Any) -> None:
 
 @pytest.mark.parametrize("settings", [{"population": 2}, {"sample": 0}, {"sample": 11}])
 def test_a_setting_that_makes_no_sense_is_one_clear_error(grid: Any, settings: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match="sample must be from 1"):
         Evolution(grid(), seed=0, **settings)
