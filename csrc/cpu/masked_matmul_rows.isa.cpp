@@ -1,4 +1,7 @@
 // The unstructured form: compressed rows against panels of the transposed batch.
+#include <memory>
+#include <vector>
+
 #include "cpu/masked_matmul_kernel.h"
 
 namespace rlnas::RLNAS_ISA {
@@ -30,15 +33,28 @@ void each_piece(const Weight& w, int64_t i, int64_t j, bool int8, int64_t n, F f
 }
 
 template <class F>
-void each_piece_of_row(const Weight& w, const Direction& d, int64_t i, int64_t n, F f) {
-  const int64_t live = d.count[2 * i] + d.count[2 * i + 1];
+inline void each_piece_of_row(const Weight& w, const Direction& d, int64_t n, F f) {
+  const int64_t i = n / d.tile_out, live = d.count[2 * i] + d.count[2 * i + 1];
+  if (w.bits && d.count[2 * i] == d.tiles_in) {  // no tile pruned or int8: words as they come
+    const int64_t words = (d.in + 31) / 32;
+    const int32_t* row = w.bits + n * words;
+    for (int64_t word = 0; word < words; ++word)
+      if (row[word]) f(word * 32, static_cast<uint32_t>(row[word]), false, 1.0f);
+    return;
+  }
   for (int64_t t = 0; t < live; ++t)
     each_piece(w, i, d.tiles[i * d.tiles_in + t], t >= d.count[2 * i], n, f);
 }
 
+// A row being gathered: room for whole vectors past its end, which the compressed rows themselves do not have.
+struct Gathered {
+  uint16_t indices[(1 << 16) + 32];
+  float values[(1 << 16) + 32];
+};
+
 template <class T>
-int32_t append(const Weight& w, int64_t n, int64_t k, uint32_t bits, bool int8, float scale, const Rows& rows,
-               int32_t at) {
+inline int32_t append(const Weight& w, int64_t n, int64_t k, uint32_t bits, bool int8, float scale, bool with_values,
+                      Gathered& row, int32_t at) {
 #ifdef __AVX512F__
   if constexpr (std::is_same_v<T, float>)
     if (!int8) {
@@ -46,32 +62,26 @@ int32_t append(const Weight& w, int64_t n, int64_t k, uint32_t bits, bool int8, 
       const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
       for (int half = 0; half < 2; ++half, bits >>= 16) {
         const __mmask16 kept = static_cast<__mmask16>(bits);
-        const int count = __builtin_popcount(kept);
-        const __mmask16 first = static_cast<__mmask16>((1u << count) - 1);
         const __m512i index = _mm512_maskz_compress_epi32(
             kept, _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(k) + 16 * half)));
-        if (rows.values)
-          _mm512_mask_storeu_ps(rows.values + at, first,
-                                _mm512_maskz_compress_ps(kept, _mm512_maskz_loadu_ps(kept, source + 16 * half)));
-        _mm512_mask_cvtepi32_storeu_epi16(rows.indices + at, first, index);
-        at += count;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.indices + at), _mm512_maskz_cvtepi32_epi16(0xffff, index));
+        if (with_values)
+          _mm512_storeu_ps(row.values + at,
+                           _mm512_maskz_compress_ps(kept, _mm512_maskz_loadu_ps(kept, source + 16 * half)));
+        at += __builtin_popcount(kept);
       }
       return at;
     }
 #endif
   for (; bits; bits &= bits - 1, ++at) {
     const int64_t column = k + __builtin_ctz(bits);
-    rows.indices[at] = static_cast<uint16_t>(column);
-    if (rows.values) rows.values[at] = weight_at<T>(w, n, column, int8, scale);
+    row.indices[at] = static_cast<uint16_t>(column);
+    if (with_values) row.values[at] = weight_at<T>(w, n, column, int8, scale);
   }
   return at;
 }
 
-void sum_up(int32_t* start, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r) start[r + 1] += start[r];
-}
-
-// A row belongs to one task, which counts its weights, and after all have counted writes them.
+// A row belongs to one thread, which counts its weights, and after all have counted writes them.
 template <class T>
 void pack_forward(const Weight& w, const Rows& rows, int threads) {
   const Direction d = direction_of(w, false);
@@ -81,61 +91,66 @@ void pack_forward(const Weight& w, const Rows& rows, int threads) {
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < d.out; ++n) {
       int32_t count = 0;
-      each_piece_of_row(w, d, n / d.tile_out, n,
-                        [&](int64_t, uint32_t bits, bool, float) { count += __builtin_popcount(bits); });
+      each_piece_of_row(w, d, n, [&](int64_t, uint32_t bits, bool, float) { count += __builtin_popcount(bits); });
       rows.start[n + 1] = count;
     }
 #pragma omp single
-    sum_up(rows.start, d.out);
+    for (int64_t n = 0; n < d.out; ++n) rows.start[n + 1] += rows.start[n];
+    const std::unique_ptr<Gathered> row(new Gathered);  // not zeroed
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < d.out; ++n) {
-      int32_t at = rows.start[n];
-      each_piece_of_row(w, d, n / d.tile_out, n, [&](int64_t k, uint32_t bits, bool int8, float scale) {
-        at = append<T>(w, n, k, bits, int8, scale, rows, at);
+      int32_t count = 0;
+      each_piece_of_row(w, d, n, [&](int64_t k, uint32_t bits, bool int8, float scale) {
+        count = append<T>(w, n, k, bits, int8, scale, rows.values != nullptr, *row, count);
       });
+      std::memcpy(rows.indices + rows.start[n], row->indices, static_cast<size_t>(count) * sizeof(uint16_t));
+      if (rows.values) std::memcpy(rows.values + rows.start[n], row->values, static_cast<size_t>(count) * sizeof(float));
     }
   }
 }
 
-// Columns of the weight become rows: a tile column belongs to one task.
+// Columns of the weight become rows.  The weight is read in its own order: each of `threads` parts of its rows has a
+// place in every column, found by counting first.
 template <class T>
 void pack_transposed(const Weight& w, const Rows& rows, int threads) {
-  const Direction d = direction_of(w, true);
-  rows.start[0] = 0;
-  const auto each_in_column = [&](int64_t j, auto f) {
-    const int64_t live = d.count[2 * j] + d.count[2 * j + 1];
-    for (int64_t t = 0; t < live; ++t) {
-      const int64_t i = d.tiles[j * d.tiles_in + t];
-      for (int64_t n = i * d.tile_in; n < std::min(d.in, (i + 1) * d.tile_in); ++n)
-        each_piece(w, i, j, t >= d.count[2 * j], n,
-                   [&](int64_t k, uint32_t bits, bool int8, float scale) { f(n, k, bits, int8, scale); });
-    }
-  };
+  const Direction d = direction_of(w, false);
+  std::vector<int32_t> places(static_cast<size_t>(threads * d.in));
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t j = 0; j < d.tiles_out; ++j) {
-      for (int64_t k = j * d.tile_out; k < std::min(d.out, (j + 1) * d.tile_out); ++k) rows.start[k + 1] = 0;
-      each_in_column(j, [&](int64_t, int64_t k, uint32_t bits, bool, float) {
-        for (; bits; bits &= bits - 1) ++rows.start[k + __builtin_ctz(bits) + 1];
-      });
+    for (int part = 0; part < threads; ++part) {
+      int32_t* place = places.data() + part * d.in;
+      for (int64_t n = d.out * part / threads; n < d.out * (part + 1) / threads; ++n)
+        each_piece_of_row(w, d, n, [&](int64_t k, uint32_t bits, bool, float) {
+          for (; bits; bits &= bits - 1) ++place[k + __builtin_ctz(bits)];
+        });
     }
 #pragma omp single
-    sum_up(rows.start, d.out);
-#pragma omp for schedule(static)
-    for (int64_t j = 0; j < d.tiles_out; ++j) {
-      const int64_t k0 = j * d.tile_out, columns = std::min(d.out - k0, d.tile_out);
-      int32_t* at = new int32_t[static_cast<size_t>(columns)];
-      std::copy_n(rows.start + k0, columns, at);
-      each_in_column(j, [&](int64_t n, int64_t k, uint32_t bits, bool int8, float scale) {
-        for (; bits; bits &= bits - 1) {
-          const int64_t column = k + __builtin_ctz(bits);
-          const int32_t place = at[column - k0]++;
-          rows.indices[place] = static_cast<uint16_t>(n);
-          rows.values[place] = weight_at<T>(w, n, column, int8, scale);
+    {
+      int32_t total = 0;
+      for (int64_t k = 0; k < d.in; ++k) {
+        rows.start[k] = total;
+        for (int part = 0; part < threads; ++part) {
+          int32_t& place = places[static_cast<size_t>(part * d.in + k)];
+          const int32_t count = place;
+          place = total;
+          total += count;
         }
-      });
-      delete[] at;
+      }
+      rows.start[d.in] = total;
+    }
+#pragma omp for schedule(static)
+    for (int part = 0; part < threads; ++part) {
+      int32_t* place = places.data() + part * d.in;
+      for (int64_t n = d.out * part / threads; n < d.out * (part + 1) / threads; ++n)
+        each_piece_of_row(w, d, n, [&](int64_t k, uint32_t bits, bool int8, float scale) {
+          for (; bits; bits &= bits - 1) {
+            const int64_t column = k + __builtin_ctz(bits);
+            const int32_t at = place[column]++;
+            rows.indices[at] = static_cast<uint16_t>(n);
+            rows.values[at] = weight_at<T>(w, n, column, int8, scale);
+          }
+        });
     }
   }
 }

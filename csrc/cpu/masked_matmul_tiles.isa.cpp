@@ -223,44 +223,60 @@ void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight, c
 
 // At most 8 rows of x: bound by memory, so the weight is read where it lies, once, and never packed.
 template <int B, class T>
-static void direct_rows(const Weight& w, const Direction& d, const float* x, const Output& y, int64_t i) {
-  const int64_t n0 = i * d.tile_out, n1 = std::min(d.out, n0 + d.tile_out);
+static void direct_row(const Weight& w, const Direction& d, const float* x, int64_t i, int64_t n, Vector* totals) {
   const int64_t words = (d.in + 31) / 32, live = d.count[2 * i] + d.count[2 * i + 1];
-  alignas(64) float row[32];
-  for (int64_t n = n0; n < n1; ++n) {
-    Vector acc[B][2] = {};
-    float total[B] = {};
-    int run = 0;
-    for (int64_t t = 0; t <= live; ++t) {
-      if (run >= kFlush || t == live) {
-        for (int b = 0; b < B; ++b) {
-          total[b] += sum(acc[b][0] + acc[b][1]);
-          acc[b][0] = acc[b][1] = Vector{};
-        }
-        run = 0;
-      }
-      if (t == live) break;
-      const int64_t j = d.tiles[i * d.tiles_in + t], k1 = std::min(d.in, (j + 1) * d.tile_in);
-      const bool int8 = t >= d.count[2 * i];
-      for (int64_t k = j * d.tile_in; k < k1; k += 32) {
-        const int steps = static_cast<int>(std::min<int64_t>(32, k1 - k));
-        const float* source = row;
-        if (std::is_same_v<T, float> && !int8 && steps == 32 && !w.bits)
-          source = static_cast<const float*>(w.data) + n * d.in + k;
-        else if (w.bits && !bits_at(w.bits + n * words, k, steps))
-          continue;
-        else
-          fetch_row<T>(w, n, k, steps, int8, int8 ? w.scale[i * d.tiles_in + j] : 1.0f, row);
+  alignas(64) float stage[32];
+  Vector acc[B][2] = {};
+  for (int b = 0; b < B; ++b) totals[b] = Vector{};
+  int run = 0;
+  for (int64_t t = 0; t < live; ++t) {
+    const int64_t j = d.tiles[i * d.tiles_in + t], k1 = std::min(d.in, (j + 1) * d.tile_in);
+    const bool int8 = t >= d.count[2 * i];
+    for (int64_t k = j * d.tile_in; k < k1; k += 32) {
+      const int steps = static_cast<int>(std::min<int64_t>(32, k1 - k));
+      const uint32_t bits = w.bits ? bits_at(w.bits + n * words, k, steps) : 0xffffffffu;
+      if (!bits) continue;
+      const bool in_place = std::is_same_v<T, float> && !int8 && steps % kLanes == 0;
+      if (!in_place) fetch_row<T>(w, n, k, steps, int8, int8 ? w.scale[i * d.tiles_in + j] : 1.0f, stage);
+      const float* source = in_place ? static_cast<const float*>(w.data) + n * d.in + k : stage;
 #pragma GCC unroll 8
-        for (int c = 0; c < steps; c += kLanes) {
-          const Vector weights = load(source + c);
+      for (int c = 0; c < steps; c += kLanes) {
+        Vector weights = load(source + c);
+        if (w.bits) weights = select(weights, bits >> c & static_cast<uint32_t>((1ull << kLanes) - 1));
 #pragma GCC unroll 8
-          for (int b = 0; b < B; ++b) acc[b][(c / kLanes) & 1] += weights * load(x + b * (d.in + 32) + k + c);
-        }
+        for (int b = 0; b < B; ++b) acc[b][(c / kLanes) & 1] += weights * load(x + b * (d.in + 32) + k + c);
       }
-      run += static_cast<int>(2 * (k1 - j * d.tile_in) / kLanes);
+      run += steps / kLanes;
     }
-    for (int b = 0; b < B; ++b) write_block<T>(total + b, 1, b, 1, n, 1, y, d.out);
+    if (run >= kFlush) {
+      for (int b = 0; b < B; ++b) {
+        totals[b] += acc[b][0] + acc[b][1];
+        acc[b][0] = acc[b][1] = Vector{};
+      }
+      run = 0;
+    }
+  }
+  for (int b = 0; b < B; ++b) totals[b] += acc[b][0] + acc[b][1];
+}
+
+template <int B, class T>
+static void direct_rows(const Weight& w, const Direction& d, const float* x, const Output& y, int64_t i) {
+  const int64_t n1 = std::min(d.out, (i + 1) * d.tile_out);
+  Vector totals[B], lanes[B][kLanes];
+  alignas(64) float sums[kLanes];
+  for (int64_t n = i * d.tile_out; n < n1; n += kLanes) {
+    const int rows = static_cast<int>(std::min<int64_t>(kLanes, n1 - n));
+    for (int r = 0; r < kLanes; ++r) {
+      if (r < rows) direct_row<B, T>(w, d, x, i, n + r, totals);
+      for (int b = 0; b < B; ++b) lanes[b][r] = r < rows ? totals[b] : Vector{};
+    }
+    for (int b = 0; b < B; ++b) {  // the sum over lanes of each row, all rows at once
+      transpose(lanes[b]);
+      for (int half = kLanes / 2; half; half /= 2)
+        for (int r = 0; r < half; ++r) lanes[b][r] += lanes[b][r + half];
+      store(sums, lanes[b][0]);
+      write_block<T>(sums, kLanes, b, 1, n, rows, y, d.out);
+    }
   }
 }
 

@@ -100,25 +100,39 @@ static inline void attend_backward(Rows query, Rows out, Rows grad_out, const fl
   float *weights = scratch<kLogits>(T * block), *grads = scratch<kGradLogits>(T * block);
   float delta[T] = {}, shift[T] = {};
   for (int64_t i = 0; i < count; i++) {
+    shift[i] = lse[i];
+    if (keys.count <= block) continue;
     Vec total = {};
     int64_t e = 0;
     for (; e + kWidth <= value; e += kWidth) total += load(grad_out.at(i) + e) * load(out.at(i) + e);
     if (e < value) total += load_some(grad_out.at(i) + e, value - e) * load_some(out.at(i) + e, value - e);
     delta[i] = sum(total);
-    shift[i] = lse[i];
   }
   for (int64_t j = 0; j < keys.count; j += block) {
     const int64_t some = std::min(block, keys.count - j);
     gemm<Order::row_major>(some, lanes, inner, {keys.key.at(j), keys.key.ld}, queries, {weights, T});
     gemm<Order::row_major>(some, lanes, value, {keys.value.at(j), keys.value.ld}, grad_outs, {grads, T});
+    const bool whole = some == keys.count;
     for (int64_t n = 0; n < lanes; n += kWidth) {
-      const Vec lane_shift = load(shift + n), lane_delta = load(delta + n);
+      const Vec lane_shift = load(shift + n);
+      Vec mass = {}, mean = {};
+      for (int64_t k = 0; k < some;) {
+        Vec part_mass = {}, part_mean = {};
+        for (const int64_t end = std::min(some, k + 32); k < end; k++) {
+          const Vec p = exponential(load(weights + k * T + n) - lane_shift);
+          store(weights + k * T + n, p);
+          part_mass += p;
+          part_mean += p * load(grads + k * T + n);
+        }
+        mass += part_mass;
+        mean += part_mean;
+      }
+      // The rounding of lse cancels out of this quotient, so that the gradients of a row's logits sum to 0.
+      const Vec lane_delta = whole ? mean / mass : load(delta + n);
 #pragma GCC unroll 4
       for (int64_t k = 0; k < some; k++) {
-        float *weight = weights + k * T + n, *grad = grads + k * T + n;
-        const Vec p = exponential(load(weight) - lane_shift);
-        store(weight, p);
-        store(grad, p * (load(grad) - lane_delta));
+        float* grad = grads + k * T + n;
+        store(grad, load(weights + k * T + n) * (load(grad) - lane_delta));
       }
     }
     gemm<Order::depth_major>(count, inner, some, {grads, T}, {keys.key.at(j), keys.key.ld},

@@ -19,9 +19,10 @@ NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 class NonLocalBlock(nn.Module):
     """z = BatchNorm(W y) + x, where y weighs every position of x by every other one.
 
-    Drop-in for the block of the paper: the state dict holds ``theta``, ``phi``, ``g`` and ``W`` (with ``norm``
-    ``W.0`` is the convolution and ``W.1`` the BatchNorm), and ``concat_project.0`` for ``concatenation``.  With
-    ``norm`` the BatchNorm's weight and bias start at 0, so a new block is the identity; without it W does.
+    Drop-in for the block of the paper: the state dict holds ``theta``, ``phi``, ``g`` and ``W`` (with
+    ``norm`` ``W.0`` is the convolution and ``W.1`` the BatchNorm), and ``concat_project.0`` for
+    ``concatenation``.  With ``norm`` the BatchNorm's weight and bias start at 0, so a new block is the
+    identity; without it W starts at 0.
 
     Args:
         channels: C of the input [B, C, *space], float32 | bfloat16 | float16 or under autocast, any strides.
@@ -93,21 +94,27 @@ class NonLocalBlock(nn.Module):
         """
         if x.dim() != self.dims + 2 or x.shape[1] != self.channels:
             raise ShapeError(
-                f"x has shape {list(x.shape)}; expected [batch, {self.channels}] and {self.dims} spatial sizes"
+                f"x has shape {list(x.shape)}; expected [batch, {self.channels}, {self.dims} spatial sizes]"
             )
         convolution, norm = self._output()
         out, out_bias = convolution.weight.flatten(1), convolution.bias
         folded = norm is not None and not norm.training and norm.running_var is not None
         if norm is not None and folded:
             out, out_bias = _fold(out, out_bias, norm)
-        theta, phi, theta_bias, phi_bias = self._pair()
+        theta, phi = (None, None) if self.kind == "gaussian" else (self.theta, self.phi)
         z = nonlocal_block(
             x,
-            theta,
-            phi,
+            None if theta is None else theta.weight.flatten(1),
+            None if phi is None else phi.weight.flatten(1),
             self.g.weight.flatten(1),
             out,
-            biases=(theta_bias, phi_bias, self.g.bias, out_bias),
+            biases=(
+                None if theta is None else theta.bias,
+                None if phi is None else phi.bias,
+                self.g.bias,
+                out_bias,
+            ),
+            pair=self.concat_project[0].weight.flatten() if self.kind == "concatenation" else None,
             kind=self.kind,
             pool=self.subsample,
             residual=norm is None or folded,
@@ -145,22 +152,6 @@ class NonLocalBlock(nn.Module):
             return convolution, norm
         return self.W, None
 
-    def _pair(
-        self,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Weights and biases of theta and phi; for concatenation with the pair's weights multiplied in."""
-        if self.kind == "gaussian":
-            return None, None, None, None
-        theta, phi = self.theta.weight.flatten(1), self.phi.weight.flatten(1)
-        if self.kind != "concatenation":
-            return theta, phi, self.theta.bias, self.phi.bias
-        first, second = self.concat_project[0].weight.flatten(1).split(self.inner_channels, dim=1)
-        biases = [
-            None if bias is None else part @ bias
-            for part, bias in ((first, self.theta.bias), (second, self.phi.bias))
-        ]
-        return first @ theta, second @ phi, biases[0], biases[1]
-
 
 def _fold(
     weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.modules.batchnorm._BatchNorm
@@ -174,7 +165,9 @@ def _fold(
 
 
 def _windows(subsample: int | Sequence[int] | None, dims: int) -> tuple[int, ...]:
-    windows = (subsample or 1,) * dims if subsample is None or isinstance(subsample, int) else tuple(subsample)
+    windows = (
+        (subsample or 1,) * dims if subsample is None or isinstance(subsample, int) else tuple(subsample)
+    )
     if len(windows) != dims or any(size < 1 for size in windows) or subsample == 0:
         raise ConfigError(f"subsample={subsample!r}: expected a window of at least 1, or {dims} of them")
     return windows

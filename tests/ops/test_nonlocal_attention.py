@@ -1,4 +1,4 @@
-"""Non-local attention and the fused block against float64, at odd sizes, strides, dtypes and instruction sets."""
+"""Non-local attention and its block against float64: odd sizes, strides, dtypes, instruction sets."""
 
 from __future__ import annotations
 
@@ -44,14 +44,18 @@ def poison() -> None:
     del kept
 
 
-def operands(size: tuple[int, ...], kind: str, dtype: torch.dtype, layout: str = "channels first") -> list[torch.Tensor]:
+def operands(
+    size: tuple[int, ...], kind: str, dtype: torch.dtype, layout: str = "channels first"
+) -> list[torch.Tensor]:
     batch, depth, width, queries, keys = size
     depth = 1 if kind == "concatenation" else depth
     shapes = [(batch, depth, queries), (batch, depth, keys), (batch, width, keys)]
     return [laid_out(torch.randn(shape).to(dtype), layout) for shape in shapes]
 
 
-def with_gradients(function, inputs: list[torch.Tensor], grad: torch.Tensor | None = None) -> list[torch.Tensor]:
+def with_gradients(
+    function, inputs: list[torch.Tensor], grad: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """The result and the gradient of every input."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     poison()
@@ -61,18 +65,20 @@ def with_gradients(function, inputs: list[torch.Tensor], grad: torch.Tensor | No
     return [result.detach(), *gradients]
 
 
-def assert_as_exact_as_torch(ours: list[torch.Tensor], plain: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
-    """Our error against float64 is at most twice that of plain PyTorch in the same dtype (flash-attention's rule).
+def assert_as_exact_as_torch(
+    ours: list[torch.Tensor], plain: list[torch.Tensor], exact: list[torch.Tensor]
+) -> None:
+    """Our error against float64 is at most twice that of plain PyTorch in the same dtype.
 
-    The floor, two roundings of the largest value for up to 64 elements, is for small results that plain PyTorch
-    happens to get exactly, such as gradients through a softmax of one key.
+    That is flash-attention's rule.  The floor, 16 roundings of the largest value in the norm of the whole, is
+    for results of a few elements that plain PyTorch happens to get almost exactly, such as a bias's gradient.
     """
     scale = max(tensor.abs().max().item() for tensor in exact if tensor.numel())
     for index, (mine, theirs, truth) in enumerate(zip(ours, plain, exact, strict=True)):
         assert mine.shape == truth.shape
         assert mine.dtype == theirs.dtype
         error, allowed = ((each.double() - truth).norm().item() for each in (mine, theirs))
-        floor = 2 * torch.finfo(mine.dtype).eps * scale * min(truth.numel(), 64) ** 0.5
+        floor = 16 * torch.finfo(mine.dtype).eps * scale
         assert error <= 2 * allowed + floor, f"result {index}: error {error:.2e}, plain PyTorch {allowed:.2e}"
 
 
@@ -116,7 +122,9 @@ BLOCKS = [  # shape of x, inner, value, pool
 ]
 
 
-def block_operands(case: tuple, dtype: torch.dtype, bias: bool = True) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def block_operands(
+    case: tuple, dtype: torch.dtype, bias: bool = True
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     shape, inner, value, _ = case
     channels = shape[1]
     sizes = [(inner, channels), (inner, channels), (value, channels), (channels, value)]
@@ -125,22 +133,32 @@ def block_operands(case: tuple, dtype: torch.dtype, bias: bool = True) -> tuple[
     return torch.randn(shape).to(dtype), weights + biases
 
 
-def check_block(x: torch.Tensor, weights: list[torch.Tensor], pool, kind: str = "embedded_gaussian", **options) -> None:
+def check_block(
+    x: torch.Tensor, weights: list[torch.Tensor], pool, kind: str = "embedded_gaussian", **options
+) -> None:
+    pair = torch.randn(2 * weights[0].shape[0]).to(x.dtype) if kind == "concatenation" else None
+
     def ours(x, theta, phi, g, out, *biases):
         biases = biases or (None,) * 4
-        return nonlocal_block(x, theta, phi, g, out, biases=biases, kind=kind, pool=pool, **options)
+        return nonlocal_block(
+            x, theta, phi, g, out, biases=biases, pair=pair, kind=kind, pool=pool, **options
+        )
 
     def plain(x, theta, phi, g, out, *biases):
         windows = (pool,) * (x.dim() - 2) if isinstance(pool, int) else pool
         return reference.nonlocal_block(
             x, theta, phi, g, out, biases=biases or (None,) * 4, kind=kind, pool=windows,
-            residual=options.get("residual", True),
+            pair=None if pair is None else pair.to(x.dtype), residual=options.get("residual", True),
         )  # fmt: skip
 
     grad = torch.randn(x.shape)
     inputs = [x, *weights]
     exact = with_gradients(plain, [t.double() for t in inputs], grad.double())
-    assert_as_exact_as_torch(with_gradients(ours, inputs, grad), with_gradients(plain, inputs, grad), exact)
+    results = [with_gradients(ours, inputs, grad), with_gradients(plain, inputs, grad), exact]
+    if kind == "embedded_gaussian" and len(weights) == 8:  # softmax ignores phi's bias: its gradient is noise
+        assert results[0][7].norm() < 1e-2 * (1 + results[0][6].norm())
+        results = [each[:7] + each[8:] for each in results]
+    assert_as_exact_as_torch(*results)
 
 
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
@@ -164,9 +182,7 @@ def test_block_in_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["dot_product", "concatenation"])
 def test_block_of_other_kinds(kind: str) -> None:
     for case in BLOCKS:
-        shape, inner, value, pool = case
-        x, weights = block_operands((shape, 1 if kind == "concatenation" else inner, value, pool), torch.float32)
-        check_block(x, weights, pool, kind)
+        check_block(*block_operands(case, torch.float32), case[3], kind)
 
 
 def test_block_without_bias_or_residual() -> None:
@@ -276,7 +292,9 @@ def test_compiles_into_one_graph_with_dynamic_shapes() -> None:
         x, weights = block_operands(((2, 6, side, side), 3, 4, 1), torch.float32)
         grad = torch.randn(x.shape)
         for mine, plain in zip(
-            with_gradients(compiled, [x, *weights], grad), with_gradients(step, [x, *weights], grad), strict=True
+            with_gradients(compiled, [x, *weights], grad),
+            with_gradients(step, [x, *weights], grad),
+            strict=True,
         ):
             torch.testing.assert_close(mine, plain)
 
@@ -304,8 +322,7 @@ def test_second_derivative_is_refused() -> None:
     inputs = [t.requires_grad_() for t in operands((1, 2, 2, 3, 3), "gaussian", torch.float32)]
     y = nonlocal_attention(*inputs)
     (gradient,) = torch.autograd.grad(y.sum(), inputs[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    assert not gradient.requires_grad
 
 
 def test_bad_input_names_the_argument() -> None:
@@ -343,6 +360,8 @@ def test_bad_block_input_names_the_argument() -> None:
         ((x, theta, phi, g.bfloat16(), out), {}, TypeError, "g is torch.bfloat16"),
         ((x, None, None, g, out), {}, ShapeError, "needs theta"),
         ((x, theta, phi, g, out), {"kind": "gaussian"}, ShapeError, "has no theta"),
+        ((x, theta, phi, g, out), {"kind": "concatenation"}, ShapeError, "needs pair"),
+        ((x, theta, phi, g, out), {"pair": theta[0]}, ShapeError, "has no pair"),
         ((x, theta, phi, g, out), {"pool": 8}, ShapeError, "leaves no key"),
         ((x, theta, phi, g, out), {"pool": 0}, ShapeError, "at least 1"),
         ((x, theta, phi, g, out), {"pool": (1, 1, 1)}, ShapeError, "pool has 3 sizes"),

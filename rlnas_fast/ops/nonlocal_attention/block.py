@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from rlnas_fast.errors import ShapeError, unknown_name
 from rlnas_fast.ops.nonlocal_attention import cpu, reference
-from rlnas_fast.ops.nonlocal_attention.dispatch import DTYPES, check_backend, kernels
+from rlnas_fast.ops.nonlocal_attention.dispatch import DTYPES, check_backend, kernels_name
 from rlnas_fast.ops.nonlocal_attention.op import KINDS, nonlocal_attention
 
 __all__ = ["nonlocal_block"]
@@ -34,6 +34,7 @@ def nonlocal_block(
     out: torch.Tensor,
     *,
     biases: Biases = NO_BIASES,
+    pair: torch.Tensor | None = None,
     kind: str = "embedded_gaussian",
     pool: int | Sequence[int] | None = None,
     residual: bool = True,
@@ -45,12 +46,12 @@ def nonlocal_block(
 
     Args:
         x: [B, C, *space] with 1 to 3 spatial dimensions, float32 | bfloat16 | float16, any strides.
-        theta: [D, C] weight of the queries; None for ``gaussian``; [1, C] for ``concatenation``, where the
-            weights of the concatenated pair are already multiplied in.
+        theta: [D, C] weight of the queries; None for ``gaussian``, which compares x itself.
         phi: [D, C] weight of the keys, as theta.
         g: [E, C] weight of the values.
         out: [C, E] weight W_z.
         biases: of theta, phi, g and out, each [rows of its weight] or None.
+        pair: [2D] weight of [theta_i, phi_j], for ``concatenation`` alone.
         kind: gaussian | embedded_gaussian | dot_product | concatenation.
         pool: keys and values are the maximum over windows of this size; one number, or one a dimension.
         residual: whether x is added.
@@ -67,23 +68,24 @@ def nonlocal_block(
 
     Source: Wang et al., Non-local Neural Networks (2018), eq. 1-6 and section 3.3.
     """
-    x, theta, phi, g, out, biases = _autocast(x, theta, phi, g, out, biases)
-    _check(x, theta, phi, g, out, biases, kind)
+    x, theta, phi, g, out, pair, *casted = _autocast(x, theta, phi, g, out, pair, *biases)
+    biases = (casted[0], casted[1], casted[2], casted[3])
+    _check(x, theta, phi, g, out, biases, pair, kind)
     windows = _windows(x, pool)
     check_backend(backend, x.device)
     if backend == "reference":
         return reference.nonlocal_block(
-            x, theta, phi, g, out, biases=biases, kind=kind, pool=tuple(windows), residual=residual
+            x, theta, phi, g, out, biases=biases, pair=pair, kind=kind, pool=tuple(windows), residual=residual
         )
     if kind == "embedded_gaussian" and theta is not None and phi is not None:
         weights = (theta, phi, g, out)
-        if fused_module(x, weights, biases, windows, backend) is not None:
+        if fused_kernels(x, weights, biases, windows, backend):
             tensors = (x, *weights, *biases)
             if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
                 z: torch.Tensor = _Block.apply(windows, residual, backend, *tensors)
                 return z
             return _forward_op(*tensors, windows, residual, False, backend)[0]
-    return _composed(x, theta, phi, g, out, biases, kind, windows, residual, backend)
+    return _composed(x, theta, phi, g, out, biases, pair, kind, windows, residual, backend)
 
 
 class _Block(torch.autograd.Function):
@@ -97,7 +99,7 @@ class _Block(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensors, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
         present = iter(_backward_op(grad_z, *tensors, list(saved), *ctx.settings))
@@ -111,6 +113,7 @@ def _composed(
     g: torch.Tensor,
     out: torch.Tensor,
     biases: Biases,
+    pair: torch.Tensor | None,
     kind: str,
     windows: list[int],
     residual: bool,
@@ -118,50 +121,60 @@ def _composed(
 ) -> torch.Tensor:
     """The block from ``nonlocal_attention`` and 1x1 convolutions."""
     flat = x.flatten(2)
+    rows = flat.stride(1) == 1  # channels innermost
+    theta_bias, phi_bias, g_bias, out_bias = biases
+    second = None
+    if pair is not None and theta is not None and phi is not None:
+        first, second = pair.unflatten(0, (2, 1, -1))
+        theta, theta_bias = _joined(first, theta, theta_bias)
+        if _trivial(windows):  # a maximum stands between phi and its weights otherwise
+            phi, phi_bias = _joined(second, phi, phi_bias)
+            second = None
 
-    def keys(features: torch.Tensor) -> torch.Tensor:
-        return features if _trivial(windows) else reference.pool_keys(features.unflatten(2, x.shape[2:]), tuple(windows))
+    def pooled(features: torch.Tensor) -> torch.Tensor:
+        if _trivial(windows):
+            return features
+        return reference.pool_keys(features.unflatten(2, x.shape[2:]), tuple(windows))
 
-    y = nonlocal_attention(
-        project(flat, theta, biases[0]),
-        keys(project(flat, phi, biases[1])),
-        keys(project(flat, g, biases[2])),
-        kind=kind,
-        backend=backend,
-    )
-    z = project(y, out, biases[3]).unflatten(2, x.shape[2:])
+    queries = project(flat, theta, theta_bias, rows)
+    keys = project(pooled(project(flat, phi, phi_bias, rows)), second, None, rows)
+    values = pooled(project(flat, g, g_bias, rows))
+    y = nonlocal_attention(queries, keys, values, kind=kind, backend=backend)
+    z = project(y, out, out_bias, rows).unflatten(2, x.shape[2:])
     return z + x if residual else z
 
 
-def project(flat: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
-    """A 1x1 convolution of [B, C, N] that keeps the order of its strides; None is the identity."""
+def _joined(
+    row: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Two linear maps as one."""
+    return row @ weight, None if bias is None else row @ bias
+
+
+def project(
+    flat: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, rows: bool
+) -> torch.Tensor:
+    """A 1x1 convolution of [B, C, N], with channels innermost if `rows`; no weight is the identity."""
     if weight is None:
         return flat
-    if flat.stride(1) == 1:
+    if rows:
         return F.linear(flat.mT, weight, bias).mT
     projected = torch.matmul(weight, flat)
     return projected if bias is None else projected + bias[:, None]
 
 
-def fused_module(
-    x: torch.Tensor,
-    weights: tuple[torch.Tensor, ...],
-    biases: Biases,
-    windows: list[int],
-    backend: str,
-) -> Any:
-    """Returns the module with a fused softmax block for these operands, or None: then it is composed."""
-    module = kernels(backend, x.device, x.dtype)
-    if module is None or math.prod(windows) > LARGEST_WINDOW or not all(w.is_contiguous() for w in weights):
-        return None
-    if x.device.type == "cpu":
-        return module
-    if module.__name__.endswith("triton_kernels"):
+def fused_kernels(
+    x: torch.Tensor, weights: tuple[torch.Tensor, ...], biases: Biases, windows: list[int], backend: str
+) -> str:
+    """Returns ``cpu`` or ``triton``, whose fused softmax block takes these operands, or nothing."""
+    name = kernels_name(backend, x.device.type, x.dtype)
+    if math.prod(windows) > LARGEST_WINDOW or not all(weight.is_contiguous() for weight in weights):
+        return ""
+    if name == "triton":
         from rlnas_fast.ops.nonlocal_attention import triton_block
 
-        if triton_block.supports(x, triton_block.Projections(*weights, *biases)):
-            return triton_block
-    return None
+        return name if triton_block.supports(x, triton_block.Projections(*weights, *biases)) else ""
+    return "cpu" if name == "cpu" else ""
 
 
 def _trivial(windows: list[int]) -> bool:
@@ -170,35 +183,27 @@ def _trivial(windows: list[int]) -> bool:
 
 def _windows(x: torch.Tensor, pool: int | Sequence[int] | None) -> list[int]:
     space = x.shape[2:]
-    windows = [1 if pool is None else pool] * len(space) if pool is None or isinstance(pool, int) else list(pool)
+    windows = (
+        [1 if pool is None else pool] * len(space) if pool is None or isinstance(pool, int) else list(pool)
+    )
     if len(windows) != len(space):
         raise ShapeError(f"pool has {len(windows)} sizes, but x has {len(space)} spatial dimensions")
     for size, window in zip(space, windows, strict=True):
         if window < 1:
             raise ShapeError(f"pool {tuple(windows)} must be at least 1 in every dimension")
         if window > size:
-            raise ShapeError(f"pool {tuple(windows)} leaves no key of space {tuple(space)}; use a smaller one")
+            raise ShapeError(
+                f"pool {tuple(windows)} leaves no key of space {tuple(space)}; use a smaller one"
+            )
     return windows
 
 
-def _autocast(
-    x: torch.Tensor,
-    theta: torch.Tensor | None,
-    phi: torch.Tensor | None,
-    g: torch.Tensor,
-    out: torch.Tensor,
-    biases: Biases,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor, Biases]:
+def _autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return x, theta, phi, g, out, biases
+        return x, *others
     dtype = torch.get_autocast_dtype(device)
-
-    def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
-
-    first, second, third, fourth = (cast(bias) for bias in biases)
-    return x.to(dtype), cast(theta), cast(phi), g.to(dtype), out.to(dtype), (first, second, third, fourth)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
 
 
 def _check(
@@ -208,6 +213,7 @@ def _check(
     g: torch.Tensor,
     out: torch.Tensor,
     biases: Biases,
+    pair: torch.Tensor | None,
     kind: str,
 ) -> None:
     if kind not in KINDS:
@@ -215,23 +221,38 @@ def _check(
     if x.dim() not in (3, 4, 5):
         raise ShapeError(f"x must be [batch, channels, 1 to 3 spatial sizes], but has shape {list(x.shape)}")
     if x.dtype not in (*DTYPES, torch.float64):
-        raise TypeError(f"x is {x.dtype}; expected float32, bfloat16 or float16 (float64 runs in plain PyTorch)")
+        raise TypeError(
+            f"x is {x.dtype}; expected float32, bfloat16 or float16 (float64 runs in plain PyTorch)"
+        )
     if (theta is None) != (kind == "gaussian") or (phi is None) != (kind == "gaussian"):
         raise ShapeError(f"kind {kind!r} {'has no' if kind == 'gaussian' else 'needs'} theta and phi weights")
     channels, inner, width = x.shape[1], 0 if theta is None else theta.shape[0], g.shape[0]
-    expected = {"theta": (inner, channels), "phi": (inner, channels), "g": (width, channels), "out": (channels, width)}
-    for (name, shape), weight, bias in zip(expected.items(), (theta, phi, g, out), biases, strict=True):
-        for label, tensor, wanted in ((name, weight, shape), (f"the bias of {name}", bias, shape[:1])):
-            if tensor is None:
-                continue
+    expected: dict[str, tuple[int, ...]] = {
+        "theta": (inner, channels),
+        "phi": (inner, channels),
+        "g": (width, channels),
+        "out": (channels, width),
+    }
+    if (pair is None) == (kind == "concatenation"):
+        raise ShapeError(f"kind {kind!r} {'needs' if pair is None else 'has no'} pair weight")
+    given = [
+        (name, weight, expected[name]) for name, weight in zip(expected, (theta, phi, g, out), strict=True)
+    ]
+    given += [
+        (f"the bias of {name}", bias, expected[name][:1]) for name, bias in zip(expected, biases, strict=True)
+    ]
+    for label, tensor, wanted in [*given, ("pair", pair, (2 * inner,))]:
+        if tensor is not None:
             if tuple(tensor.shape) != wanted or 0 in wanted:
-                raise ShapeError(f"{label} has shape {list(tensor.shape)}; expected {list(wanted)}, none of them 0")
+                raise ShapeError(
+                    f"{label} has shape {list(tensor.shape)}; expected {list(wanted)}, none of them 0"
+                )
             if tensor.dtype != x.dtype:
-                raise TypeError(f"{label} is {tensor.dtype}, but x is {x.dtype}; cast one, or use torch.autocast")
+                raise TypeError(
+                    f"{label} is {tensor.dtype}, but x is {x.dtype}; cast one, or use torch.autocast"
+                )
             if tensor.device != x.device:
                 raise ShapeError(f"{label} is on {tensor.device}, but x is on {x.device}; move one of them")
-    if kind == "concatenation" and inner != 1:
-        raise ShapeError(f"theta has {inner} rows; concatenation expects 1 with its pair weights multiplied in")
 
 
 _TENSORS = (
@@ -240,44 +261,49 @@ _TENSORS = (
 )
 _library = torch.library.Library("rlnas_fast", "FRAGMENT")
 _library.define(
-    f"nonlocal_block({_TENSORS}, int[] pool, bool residual, bool save, str backend) -> (Tensor z, Tensor[] saved)"
+    f"nonlocal_block({_TENSORS}, int[] pool, bool residual, bool save, str backend)"
+    " -> (Tensor z, Tensor[] saved)"
 )
 _library.define(
-    f"nonlocal_block_backward(Tensor grad_z, {_TENSORS}, Tensor[] saved, int[] pool, bool residual, str backend)"
-    " -> Tensor[]"
+    f"nonlocal_block_backward(Tensor grad_z, {_TENSORS}, Tensor[] saved, int[] pool, bool residual,"
+    " str backend) -> Tensor[]"
 )
 
 
-def _split(tensors: tuple[Any, ...]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], Biases, tuple[Any, ...]]:
+def _split(
+    tensors: tuple[Any, ...],
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], Biases, tuple[Any, ...]]:
     first, second, third, fourth = tensors[5:9]
     return tensors[0], tensors[1:5], (first, second, third, fourth), tensors[9:]
 
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    x, weights, biases, (windows, residual, save, backend) = _split(arguments)
-    module = fused_module(x, weights, biases, windows, backend)
-    if module is cpu:
+    x, weights, biases, (windows, residual, save, _) = _split(arguments)
+    if x.device.type == "cpu":
         z, saved = cpu.block_forward(x, weights, biases, windows, residual, save)
     else:
-        z, saved = module.block_forward(
-            x, module.Projections(*weights, *biases), pool=tuple(windows), residual=residual, save=save
+        from rlnas_fast.ops.nonlocal_attention import triton_block
+
+        z, saved = triton_block.block_forward(
+            x, triton_block.Projections(*weights, *biases), pool=tuple(windows), residual=residual, save=save
         )
     return z, [tensor for tensor in saved or () if tensor is not None]
 
 
 def _backward(grad_z: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
-    x, weights, biases, (saved, windows, residual, backend) = _split(arguments)
-    module = fused_module(x, weights, biases, windows, backend)
-    if module is cpu:
+    x, weights, biases, (saved, windows, residual, _) = _split(arguments)
+    if x.device.type == "cpu":
         grad_x, grad_weights, grad_biases = cpu.block_backward(
             grad_z, x, weights, biases, cpu.Saved(*saved), windows, residual
         )
         return [grad_x, *grad_weights, *(grad for grad in grad_biases if grad is not None)]
-    grad_x, gradients = module.block_backward(
+    from rlnas_fast.ops.nonlocal_attention import triton_block
+
+    grad_x, gradients = triton_block.block_backward(
         grad_z,
         x,
-        module.Projections(*weights, *biases),
-        module.Saved(*saved, *[None] * (7 - len(saved))),
+        triton_block.Projections(*weights, *biases),
+        triton_block.Saved(*saved, *[None] * (7 - len(saved))),
         pool=tuple(windows),
         residual=residual,
     )
@@ -316,7 +342,9 @@ _forward_op = torch.ops.rlnas_fast.nonlocal_block.default
 _backward_op = torch.ops.rlnas_fast.nonlocal_block_backward.default
 
 
-def block_flops(x: Sequence[int], theta: Sequence[int], g: Sequence[int], pool: Sequence[int]) -> tuple[int, int]:
+def block_flops(
+    x: Sequence[int], theta: Sequence[int], g: Sequence[int], pool: Sequence[int]
+) -> tuple[int, int]:
     """Returns the FLOPs of the softmax block's forward and backward: 2 a multiply-add."""
     batch, channels, positions = x[0], x[1], math.prod(x[2:])
     keys = math.prod(size // window for size, window in zip(x[2:], pool, strict=True))
@@ -334,7 +362,9 @@ def _register_flops() -> None:
     def forward_flops(x: Any, theta: Any, phi: Any, g: Any, out: Any, *rest: Any, **_: Any) -> int:
         return block_flops(x, theta, g, rest[4])[0]
 
-    def backward_flops(grad_z: Any, x: Any, theta: Any, phi: Any, g: Any, out: Any, *rest: Any, **_: Any) -> int:
+    def backward_flops(
+        grad_z: Any, x: Any, theta: Any, phi: Any, g: Any, out: Any, *rest: Any, **_: Any
+    ) -> int:
         return block_flops(x, theta, g, rest[5])[1]
 
     register_flop_formula(torch.ops.rlnas_fast.nonlocal_block)(forward_flops)

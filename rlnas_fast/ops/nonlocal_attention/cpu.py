@@ -55,7 +55,7 @@ def like_queries(theta: torch.Tensor, width: int) -> torch.Tensor:
 def attention_forward(
     theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention: theta [B, D, N], phi [B, D, M], g [B, E, M] to y [B, E, N], lse [B, N] in float32."""
+    """Softmax attention of theta [B, D, N], phi [B, D, M], g [B, E, M]: y [B, E, N], lse [B, N] in float32."""
     y = like_queries(theta, g.shape[1])
     lse = theta.new_empty((theta.shape[0], theta.shape[2]), dtype=torch.float32)
     tensors = (theta, phi, g, y)
@@ -151,13 +151,12 @@ def empty_saved(x: torch.Tensor, weights: Weights, pool: list[int]) -> Saved:
     inner, value = weights[0].shape[0], weights[2].shape[0]
     positions = math.prod(space)
     keys = math.prod(size // window for size, window in zip(space, pool, strict=True))
-    flat = {"dtype": torch.float32, "device": x.device}
     pooled = keys if any(window > 1 for window in pool) else 0
     return Saved(
-        torch.empty((batch, positions, 2 * inner + value), **flat),
-        torch.empty((batch, positions, value), **flat),
-        torch.empty((batch, positions), **flat),
-        torch.empty((batch, pooled, inner + value), dtype=torch.uint8, device=x.device),
+        x.new_empty((batch, positions, 2 * inner + value), dtype=torch.float32),
+        x.new_empty((batch, positions, value), dtype=torch.float32),
+        x.new_empty((batch, positions), dtype=torch.float32),
+        x.new_empty((batch, pooled, inner + value), dtype=torch.uint8),
     )
 
 

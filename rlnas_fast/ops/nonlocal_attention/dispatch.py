@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -9,7 +10,7 @@ import torch
 
 from rlnas_fast.errors import KernelUnavailable, unknown_name
 
-__all__ = ["BACKENDS", "DTYPES", "check_backend", "kernels"]
+__all__ = ["BACKENDS", "DTYPES", "check_backend", "kernels", "kernels_name"]
 
 MODULES = {"cpu": "cpu", "triton": "triton_kernels", "cuda": "cuda"}
 BACKENDS = ("auto", "reference", *MODULES)
@@ -32,28 +33,32 @@ def check_backend(backend: str, device: torch.device) -> None:
         raise KernelUnavailable(
             f"backend {backend!r} needs a tensor on {wanted}, but theta is on {device}; use backend='auto'"
         )
-    _, reason = _module(backend)
-    if reason is not None:
+    if (reason := _module(backend)[1]) is not None:
         raise KernelUnavailable(f"backend {backend!r}: {reason}")
 
 
 def kernels(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """Returns the module whose kernels run on this device, or None where plain PyTorch does.
+    """Returns the module whose kernels run on this device, or None where plain PyTorch does."""
+    name = kernels_name(backend, device.type, dtype)
+    return _module(name)[0] if name else None
+
+
+@torch.compiler.assume_constant_result
+def kernels_name(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """Returns ``cpu``, ``triton`` or ``cuda``, or nothing where plain PyTorch runs.
 
     ``auto`` takes the first that is usable: the compiled module on a CPU, Triton before CUDA C++ on a GPU.
     float64 has no kernels.
     """
     if backend == "reference" or dtype not in DTYPES:
-        return None
+        return ""
     if backend != "auto":
-        return _module(backend)[0]
-    for name in ("cpu",) if device.type == "cpu" else ("triton", "cuda") if device.type == "cuda" else ():
-        module, reason = _module(name)
-        if reason is None:
-            return module
-    return None
+        return backend
+    candidates = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device_type, ())
+    return next((name for name in candidates if _module(name)[1] is None), "")
 
 
+@functools.cache
 def _module(backend: str) -> tuple[ModuleType | None, str | None]:
     """The backend's module, and why it cannot run here."""
     try:

@@ -67,7 +67,7 @@ def nonlocal_attention(
     if kind == "dot_product":
         return _dot_product(theta, phi, g)
     if kind == "concatenation":
-        return concatenation_attention(theta, phi, g)
+        return concatenation_attention(theta, phi, g, backend)
     if torch.is_grad_enabled() and (theta.requires_grad or phi.requires_grad or g.requires_grad):
         y: torch.Tensor = _Softmax.apply(theta, phi, g, backend)
         return y
@@ -76,14 +76,16 @@ def nonlocal_attention(
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, backend: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, backend: str
+    ) -> torch.Tensor:
         y, lse = _forward_op(theta, phi, g, backend)
         ctx.save_for_backward(theta, phi, g, y, lse)
         ctx.backend = backend
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (*_backward_op(grad_y, *ctx.saved_tensors, ctx.backend), None)
 
@@ -93,8 +95,10 @@ def _dot_product(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor) -> tor
     depth, queries = theta.shape[1:]
     width, keys = g.shape[1:]
     if queries * keys * (depth + width) < depth * width * (queries + keys):
-        return torch.bmm(g, torch.bmm(phi.mT, theta) / keys)
-    return torch.bmm(torch.bmm(g, phi.mT) / keys, theta)
+        left, right = g, torch.bmm(phi.mT, theta) / keys
+    else:
+        left, right = torch.bmm(g, phi.mT) / keys, theta
+    return torch.bmm(right.mT, left.mT).mT if theta.stride(1) == 1 else torch.bmm(left, right)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -110,14 +114,18 @@ def _check(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, kind: str) -
         raise unknown_name("kind", kind, KINDS)
     for name, tensor in (("theta", theta), ("phi", phi), ("g", g)):
         if tensor.dim() != 3:
-            raise ShapeError(f"{name} must be [batch, channels, positions], but has shape {list(tensor.shape)}")
+            raise ShapeError(
+                f"{name} must be [batch, channels, positions], but has shape {list(tensor.shape)}"
+            )
         if tensor.dtype != theta.dtype or tensor.dtype not in (*DTYPES, torch.float64):
             raise TypeError(
                 f"{name} is {tensor.dtype}; theta, phi and g must share one of float32, bfloat16, float16 "
                 f"(float64 runs in plain PyTorch), and theta is {theta.dtype}"
             )
         if tensor.device != theta.device:
-            raise ShapeError(f"{name} is on {tensor.device}, but theta is on {theta.device}; move one of them")
+            raise ShapeError(
+                f"{name} is on {tensor.device}, but theta is on {theta.device}; move one of them"
+            )
         if tensor.shape[0] != theta.shape[0]:
             raise ShapeError(f"{name} has batch {tensor.shape[0]}, but theta has {theta.shape[0]}")
     if phi.shape[1] != theta.shape[1] or theta.shape[1] == 0:

@@ -32,7 +32,9 @@ class Plan:
     bytes: int
 
 
-def dot_product_algorithm(channels: int, inner: int, queries: int, keys: int, pooled: bool) -> tuple[str, int]:
+def dot_product_algorithm(
+    channels: int, inner: int, queries: int, keys: int, pooled: bool
+) -> tuple[str, int]:
     """Returns the cheapest exact form of the dot-product block and its multiply-adds an image.
 
     ``gram``: z = (I + A) x with A from the C x C Gram matrix of x; ``reassociated``: (g phi^T) theta;

@@ -50,14 +50,15 @@ def nonlocal_block(
     out: torch.Tensor,
     *,
     biases: tuple[torch.Tensor | None, ...] = (None, None, None, None),
+    pair: torch.Tensor | None = None,
     kind: str = "embedded_gaussian",
     pool: tuple[int, ...] | None = None,
     residual: bool = True,
 ) -> torch.Tensor:
     """Computes z = W y + x for x [B, C, *space]; weights theta, phi [D, C], g [E, C], out [C, E].
 
-    ``gaussian`` has no theta and phi: x itself is compared.  For ``concatenation`` D is 1: the weights of
-    the concatenated pair are already multiplied into theta and phi.
+    ``gaussian`` has no theta and phi: x itself is compared.  ``concatenation`` weighs the pair
+    [theta_i, phi_j] with ``pair`` [2D].
     """
 
     def project(weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
@@ -71,6 +72,9 @@ def nonlocal_block(
     queries = project(theta, biases[0]).flatten(2)
     keys = pool_keys(project(phi, biases[1]), pool)
     values = pool_keys(project(g, biases[2]), pool)
+    if pair is not None:
+        first, second = pair.unflatten(0, (2, 1, -1))
+        queries, keys = first @ queries, second @ keys
     z = out @ nonlocal_attention(queries, keys, values, kind)
     if biases[3] is not None:
         z = z + biases[3][:, None]
