@@ -43,5 +43,10 @@ class DeviceData:
 
 
 def on_device(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images and labels of a split as tensors on ``device``."""
-    return torch.tensor(split.x, device=device), torch.tensor(split.y, device=device)
+    """Images and labels of a split as tensors on ``device``.
+
+    Strides are those of the shape.  An array with one channel may have others and still be contiguous, a
+    pickled copy of it may not, and a convolution rounds differently for each.
+    """
+    x = torch.tensor(split.x, device=device).clone(memory_format=torch.contiguous_format)
+    return x, torch.tensor(split.y, device=device)
