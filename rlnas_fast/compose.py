@@ -125,7 +125,7 @@ class SearchConfig(BaseModel):
     trials: Annotated[int, Field(ge=1)] = 24
     batch_size: Annotated[int, Field(ge=1)] = 6
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    epochs: Annotated[int, Field(ge=1)] = 12
+    epochs: Annotated[int, Field(ge=1)] = 15
     child_seconds: Positive | None = None
     device: str = "auto"
     devices: tuple[str, ...] = ()
@@ -140,7 +140,7 @@ class SearchConfig(BaseModel):
     max_seconds: Positive | None = None
     confirm: Annotated[int, Field(ge=1)] = 3
     confirm_seeds: Annotated[int, Field(ge=1)] = 2
-    confirm_epochs: Annotated[int, Field(ge=1)] | None = None
+    confirm_epochs: Annotated[int, Field(ge=1)] | None = None  # twice the epochs
     durability: Literal["crash", "full"] = "crash"
     cache: Path | None = None
 

@@ -235,7 +235,7 @@ def _confirm(
     finalists = sorted(first_of.values(), key=lambda trial: (-trial.reward, trial.number))[: config.confirm]
     if not finalists or not hasattr(parts.evaluator, "train"):
         return (finalists[0] if finalists else None), None, {}
-    budget = Budget(config.confirm_epochs or config.epochs, None)
+    budget = Budget(config.confirm_epochs or 2 * config.epochs)
     total = len(finalists) * config.confirm_seeds
     confirmations: dict[int, list[Measurement]] = {}
     best: tuple[float, Trial, Any] | None = None
