@@ -1,4 +1,4 @@
-"""A disk that fills, a folder that cannot be written, Ctrl-C: one line, an exit code, and a run that resumes."""
+"""A full disk, a folder that cannot be written, Ctrl-C: one line, an exit code, and a run that resumes."""
 
 import json
 import os
