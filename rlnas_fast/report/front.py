@@ -47,33 +47,39 @@ def front_table(trials: Sequence[Trial], space: SearchSpace, chosen: int | None 
 
 
 def save_front_picture(trials: Sequence[Trial], file: Path, chosen: int | None = None) -> None:
-    """Draws every trial's accuracy over its latency (over its parameters where no latency is known)."""
+    """Draws every trial's accuracy over its latency (over its parameters where no latency is known).
+
+    The worst tenth does not stretch the picture: what lies below is drawn on its lower edge.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     done = [t for t in trials if t.state == "complete" and t.measurement.accuracy is not None]
     timed = any(t.measurement.cost.latency_s for t in done)
-
-    def position(trial: Trial) -> tuple[float, float]:
-        m = trial.measurement
-        cost = (m.cost.latency_s or np.nan) * 1e3 if timed else m.parameters or np.nan
-        return cost, 100 * (m.accuracy or np.nan)
-
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    points = np.array([_position(t, timed) for t in done]).reshape(-1, 2)
+    figure = Figure(figsize=(7, 4.8), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    if done:
-        points = np.array([position(t) for t in done])
-        order = axes.scatter(
-            points[:, 0], points[:, 1], c=[t.number for t in done], cmap="viridis", s=28, label="trial"
-        )
-        figure.colorbar(order, label="order of the trial")
-        front = np.array(sorted(position(t) for t in front_of(done)))
-        axes.plot(*_staircase(front).T, color="tab:red", lw=1.2, label="best accuracy at or under this cost")
-        axes.plot(
-            *np.array([position(t) for t in done if t.number == chosen]).reshape(-1, 2).T,
-            "*", color="tab:red", ms=15, label="chosen",
-        )  # fmt: skip
-        axes.legend(loc="lower right", fontsize=8)
     axes.set_xscale("log")
+    if done:
+        lowest = np.percentile(points[:, 1], 10) - 1
+        below = points[:, 1] < lowest
+        shown = np.stack([points[:, 0], np.maximum(points[:, 1], lowest)], axis=1)
+        numbers = np.array([t.number for t in done])
+        for rows, mark, label in ((~below, "o", "trial"), (below, "v", "trial, lower than drawn")):
+            if rows.any():
+                order = axes.scatter(
+                    shown[rows, 0], shown[rows, 1], c=numbers[rows], vmin=0, vmax=numbers.max(),
+                    cmap="viridis", marker=mark, s=28, label=label,
+                )  # fmt: skip
+        figure.colorbar(order, label="order of the trial")
+        front = _staircase(points[np.lexsort((-points[:, 1], points[:, 0]))])
+        axes.step(*front.T, where="post", color="tab:red", lw=1.2, label="best at or under this cost")
+        star = points[numbers == chosen]
+        axes.plot(*star.T, "*", color="tab:red", ms=15, label="chosen")
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            formatter(StrMethodFormatter("{x:g}"))
     axes.set_xlabel("latency of one forward pass (ms)" if timed else "trainable parameters")
     axes.set_ylabel("validation accuracy (%)")
     axes.set_title(f"{len(done)} child networks, {len(trials) - len(done)} failed")
@@ -83,10 +89,17 @@ def save_front_picture(trials: Sequence[Trial], file: Path, chosen: int | None =
     partial.replace(file)
 
 
+def _position(trial: Trial, timed: bool) -> tuple[float, float]:
+    m = trial.measurement
+    cost = (m.cost.latency_s or np.nan) * 1e3 if timed else m.parameters or np.nan
+    return cost, 100 * (m.accuracy or 0.0)
+
+
 def _staircase(points: np.ndarray) -> np.ndarray:
-    """The upper-left hull of points sorted by cost: only those more accurate than all cheaper ones."""
+    """Of points in the order of their cost, those more accurate than all cheaper ones."""
     best = np.maximum.accumulate(points[:, 1])
-    return np.stack([points[:, 0], best], axis=1)
+    better = np.append(True, best[1:] > best[:-1])
+    return np.vstack([points[better], [points[-1, 0], best[-1]]])
 
 
 def _signed(trial: Trial, name: str, sign: float) -> float:
