@@ -19,7 +19,7 @@ import torch
 from harness import Row, _environment, _show, ratio
 from nonlocal_attention_gpu_peers import Block, Case, dot_peers, host_microseconds, microseconds, softmax_peers
 
-from rlnas_fast.ops.nonlocal_attention import triton_block
+from rlnas_fast.ops.nonlocal_attention import nonlocal_block
 
 INPUT_SETS = 4
 SOFTMAX = [
@@ -30,45 +30,27 @@ DOT = [Case(64, 64, 14), Case(32, 256, 28), Case(8, 512, 56)]
 WANTED = {(64, 64, 14): 1.3, (32, 256, 28): 1.3, (8, 512, 56): 0.97}
 
 
-def ours(x, w, b, wz, bz, *, pooled: bool, save: bool = False):
-    (wt, wp, wg), (bt, bp, bg) = w.flatten(1).chunk(3), b.chunk(3)
-    weights = triton_block.Projections(wt, wp, wg, wz.flatten(1), bt, bp, bg, bz)
-    pool = (2, 2) if pooled else None
-    return weights, triton_block.block_forward(x, weights, pool=pool, residual=True, save=save)
+def ours(x, theta, phi, g, out, *biases, kind: str, pooled: bool) -> torch.Tensor:
+    return nonlocal_block(x, theta, phi, g, out, biases=biases, kind=kind, pool=2 if pooled else None)
 
 
-def ours_both(x, w, b, wz, bz, grad, *, pooled: bool):
-    weights, (_, saved) = ours(x, w, b, wz, bz, pooled=pooled, save=True)
-    pool = (2, 2) if pooled else None
-    return triton_block.block_backward(grad, x, weights, saved, pool=pool, residual=True)
+def separate(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A peer's wide weights as the four of the block, each a leaf."""
+    x, w, b, wz, bz = (tensor.detach() for tensor in tensors)
+    pieces = [*w.flatten(1).chunk(3), wz.flatten(1), *b.chunk(3), bz]
+    return [x.requires_grad_(), *(piece.clone().requires_grad_() for piece in pieces)]
 
 
-def gram(x, w, b, wz, bz, *, pooled: bool):
-    rows = x.movedim(1, -1).flatten(1, 2)
-    (wt, wp, wg), (bt, bp, bg) = w.flatten(1).chunk(3), b.chunk(3)
-    n = rows.shape[1]
-    total = rows.sum(1)
-    product = rows.mT @ rows
-    left = wp @ product @ wg.mT + bp[:, None] * (total @ wg.mT)[:, None] + (total @ wp.mT)[:, :, None] * bg
-    left = (left / n + bp[:, None] * bg) @ wz.flatten(1).mT
-    matrix = wt.mT @ left
-    return torch.baddbmm(rows, rows, matrix).add_((bt @ left)[:, None] + bz).unflatten(1, x.shape[2:]).movedim(-1, 1)
-
-
-def contenders(peers: dict[str, Block], mine: Block, case: Case, backward: bool) -> dict[str, list[Callable[[], object]]]:
+def contenders(peers: dict[str, Block], kind: str, case: Case, backward: bool) -> dict[str, list[Callable[[], object]]]:
     """Closures of every contender, one for each set of inputs."""
     calls: dict[str, list[Callable[[], object]]] = {}
+    mine = functools.partial(ours, kind=kind)
     for _ in range(INPUT_SETS):
         tensors = case.tensors()
         nchw = [tensors[0].detach().contiguous().requires_grad_(), *tensors[1:]]
         grad = torch.randn_like(tensors[0])
-        flat = [tensor.detach() for tensor in tensors]
-        if backward:
-            calls.setdefault("ours", []).append(functools.partial(mine, *flat, grad, pooled=case.pooled))
-        else:
-            calls.setdefault("ours", []).append(functools.partial(mine, *flat, pooled=case.pooled))
-        for name, peer in peers.items():
-            inputs = nchw if name.startswith("textbook") else tensors
+        for name, peer in {"ours": mine, **peers}.items():
+            inputs = separate(tensors) if name == "ours" else nchw if name.startswith("textbook") else tensors
             run = functools.partial(gradients, peer, inputs, grad, case) if backward else functools.partial(
                 inference, peer, [tensor.detach() for tensor in inputs], case
             )
@@ -106,20 +88,22 @@ def measure(only: str, compiled: bool) -> list[Row]:
             if only not in f"softmax {case} {what}":
                 continue
             peers = softmax_peers(compiled=compiled)
-            calls = usable(contenders(peers, ours_both if backward else ours, case, backward))
+            calls = usable(contenders(peers, "embedded_gaussian", case, backward))
             rows += compare(f"softmax {case} {what}", calls, WANTED.get((case.batch, case.channels, case.side)))
             torch._dynamo.reset()
     for case in DOT:
-        if only in f"dot {case} forward":
-            calls = usable(contenders(dot_peers(compiled=compiled), gram, case, False))
-            rows += compare(f"dot {case} forward", calls, 3.0)
-            torch._dynamo.reset()
-    case = Case(64, 64, 14)
-    tensors = [tensor.detach() for tensor in case.tensors()]
+        for backward in (False, True):
+            what = "forward+backward" if backward else "forward"
+            if only in f"dot {case} {what}":
+                calls = usable(contenders(dot_peers(compiled=compiled), "dot_product", case, backward))
+                rows += compare(f"dot {case} {what}", calls, 3.0)
+                torch._dynamo.reset()
     if only in "host overhead":
-        call = functools.partial(ours, *tensors, pooled=False)
-        call()
-        rows.append(Row("host overhead of one call", host_microseconds(call), 15.0, unit="us", at_most=True))
+        tensors = [tensor.detach() for tensor in separate(Case(64, 64, 14).tensors())]
+        call = functools.partial(ours, *tensors, kind="embedded_gaussian", pooled=False)
+        with torch.no_grad():
+            call()
+            rows.append(Row("host overhead of one call", host_microseconds(call), 15.0, unit="us", at_most=True))
     return rows
 
 
@@ -139,7 +123,7 @@ def profile(case: Case) -> None:
     from torch.profiler import profile as record
 
     peers = {"sdpa": softmax_peers(compiled=False)["sdpa"]}
-    for name, (call, *_) in contenders(peers, ours_both, case, True).items():
+    for name, (call, *_) in contenders(peers, "embedded_gaussian", case, True).items():
         call()
         torch.cuda.synchronize()
         with record(activities=[ProfilerActivity.CUDA]) as trace:
@@ -163,7 +147,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.warm:
         names = [f"softmax {c} {w}" for c in SOFTMAX for w in ("forward", "forward+backward")]
-        names = [n for n in [*names, *(f"dot {c} forward" for c in DOT)] if options.only in n]
+        names += [f"dot {c} {w}" for c in DOT for w in ("forward", "forward+backward")]
+        names = [name for name in names if options.only in name]
         run = [sys.executable, __file__, "--only"]
         environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         processes = [subprocess.Popen([*run, name], stdout=subprocess.DEVNULL, env=environment) for name in names]

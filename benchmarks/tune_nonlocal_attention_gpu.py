@@ -19,7 +19,8 @@ import triton.testing
 from nonlocal_attention_gpu_peers import Case
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rlnas_fast.ops.nonlocal_attention import cuda, triton_block, triton_kernels
+from rlnas_fast.ops.nonlocal_attention import cuda, library_core, triton_block, triton_dot, triton_kernels
+from rlnas_fast.ops.nonlocal_attention.triton_block import Gemm
 from rlnas_fast.ops.nonlocal_attention.triton_kernels import Tiles
 
 WORKERS = 14
@@ -27,36 +28,34 @@ Candidate = tuple[str, str, Callable[[], object]]
 
 # batch, d, queries, keys -> forward, query pass, key pass
 ATTENTION = {
-    (64, 32, 196, 196): (
-        [Tiles(64, 64, 4, 3), Tiles(64, 128, 4, 2), Tiles(128, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 2)],
-        [Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 128, 4, 2), Tiles(128, 64, 8, 2)],
-        [Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(128, 64, 8, 2)],
-    ),
+    (64, 32, 196, 196): ([Tiles(64, 64, 4, 3)], [Tiles(64, 64, 4, 3)], [Tiles(64, 32, 4, 2)]),
     (32, 128, 784, 784): (
-        [
-            Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3),
-            Tiles(128, 128, 8, 2), Tiles(128, 64, 4, 2), Tiles(64, 128, 4, 2),
-        ],
-        [Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(128, 32, 4, 2)],
-        [Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)],
-    ),
-    (32, 128, 784, 196): (
-        [Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 2)],
-        [Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2)],
-        [Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)],
+        [Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(128, 32, 4, 2), Tiles(128, 96, 8, 2)],
+        [Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 1), Tiles(64, 64, 8, 2), Tiles(128, 128, 8, 1)],
+        [Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(128, 32, 4, 2), Tiles(64, 128, 8, 1), Tiles(64, 16, 4, 2)],
     ),
     (8, 256, 3136, 784): (
-        [Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 2), Tiles(64, 64, 8, 2)],
-        [Tiles(64, 32, 8, 2), Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 1)],
-        [Tiles(64, 16, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)],
+        [Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 3)],
+        [Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 1), Tiles(128, 32, 8, 1), Tiles(64, 64, 4, 1)],
+        [Tiles(64, 32, 8, 2), Tiles(128, 32, 8, 1), Tiles(128, 16, 8, 2), Tiles(64, 64, 8, 1)],
     ),
 }  # fmt: skip
-# rows, columns (of the sum), warps, stages of the projections and of their gradients
-GEMM = [
-    Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2),
-    Tiles(128, 32, 4, 3), Tiles(64, 64, 8, 3),
+# Stages of the block: every candidate of ``triton_block.gemm_tiles``, for 128 columns and for 32 to 64.
+WIDE = [
+    Gemm(128, 128, 64, 8, 3), Gemm(128, 128, 32, 8, 3), Gemm(128, 128, 64, 8, 2), Gemm(64, 128, 32, 4, 3),
+    Gemm(64, 128, 64, 4, 3), Gemm(64, 128, 64, 8, 3), Gemm(128, 128, 32, 4, 3), Gemm(64, 128, 32, 4, 4),
+    Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 128, 8, 2),
 ]  # fmt: skip
-BLOCKS = [Case(64, 64, 14), Case(64, 64, 14, True), Case(32, 256, 28), Case(32, 256, 28, True)]
+NARROW = [
+    Gemm(64, 32, 32, 4, 3), Gemm(64, 32, 64, 4, 2), Gemm(128, 32, 32, 4, 3), Gemm(64, 64, 32, 4, 3),
+    Gemm(64, 64, 64, 4, 3), Gemm(64, 64, 64, 4, 2),
+]  # fmt: skip
+# Tiles of the attention with its epilogue, and the channels of W_z y made at a time
+FUSED = [
+    (Tiles(64, 64, 4, 2), 64), (Tiles(64, 64, 4, 2), 32), (Tiles(64, 64, 4, 2), 128), (Tiles(128, 64, 4, 2), 64),
+    (Tiles(128, 64, 4, 2), 32), (Tiles(128, 64, 8, 2), 64), (Tiles(128, 32, 4, 2), 64), (Tiles(64, 32, 4, 3), 64),
+]  # fmt: skip
+BLOCKS = [Case(64, 64, 14), Case(64, 64, 14, True), Case(32, 256, 28), Case(32, 256, 28, True), Case(8, 512, 56, True)]
 
 
 def rows(batch: int, channels: int, positions: int, dtype: torch.dtype) -> torch.Tensor:
@@ -117,7 +116,7 @@ def single_candidates() -> Iterator[Candidate]:
 
 
 def block_candidates() -> Iterator[Candidate]:
-    chosen = triton_block._gemm_tiles
+    original = triton_block.gemm_tiles, triton_block.attention_tiles
     for case in BLOCKS:
         x, w, b, wz, bz = (tensor.detach() for tensor in case.tensors())
         weights = triton_block.Projections(
@@ -125,17 +124,78 @@ def block_candidates() -> Iterator[Candidate]:
         )
         pool = (2, 2) if case.pooled else None
         flat = x.movedim(1, -1).flatten(0, 2)
-        yield f"{case} projection", "cuBLAS", functools.partial(F.linear, flat, w.flatten(1), b)
+        yield f"{case} project", "cuBLAS", functools.partial(F.linear, flat, w.flatten(1), b)
         saved = triton_block.block_forward(x, weights, pool=pool, residual=True, save=True)[1]
-        for tiles in GEMM:
-            triton_block._gemm_tiles = lambda *_, tiles=tiles: tiles
-            for cached in (triton_block._forward_launches, triton_block._backward_launches):
-                cached.cache_clear()
+        yield f"{case} forward", "as chosen", functools.partial(forward, x, weights, pool, False)
+        yield f"{case} forward+backward", "as chosen", functools.partial(everything, x, weights, pool)
+        for tiles in WIDE if case.channels > 64 else NARROW:
+            triton_block.gemm_tiles = lambda *_, tiles=tiles: tiles
+            forget()
             for stage, run in stages(x, weights, saved, pool).items():
-                yield f"{case} {stage}", str(tuple(tiles)), run
-        triton_block._gemm_tiles = chosen
-    for cached in (triton_block._forward_launches, triton_block._backward_launches):
-        cached.cache_clear()
+                if stage != "attend":
+                    yield f"{case} {stage}", str(tuple(tiles)), run
+        triton_block.gemm_tiles = original[0]
+        for tiles in FUSED if case.channels < 512 else []:
+            triton_block.attention_tiles = lambda *_, tiles=tiles: tiles
+            forget()
+            yield f"{case} attend", str((*tiles[0], tiles[1])), stages(x, weights, saved, pool)["attend"]
+        triton_block.attention_tiles = original[1]
+        forget()
+
+
+def forget() -> None:
+    triton_block._forward_plan.cache_clear()
+    triton_block._backward_plan.cache_clear()
+
+
+def forward(x, weights, pool, save: bool):
+    return triton_block.block_forward(x, weights, pool=pool, residual=True, save=save)
+
+
+def everything(x, weights, pool) -> None:
+    z, saved = forward(x, weights, pool, True)
+    triton_block.block_backward(z, x, weights, saved, pool=pool, residual=True)
+
+
+def library_candidates() -> Iterator[Candidate]:
+    """Wide heads and many keys: where the libraries' products set the pace."""
+    for batch, depth, queries, keys in ((8, 256, 3136, 3136), (8, 256, 3136, 784), (32, 128, 784, 784)):
+        query, grad = (rows(batch, depth, queries, torch.bfloat16).mT for _ in range(2))
+        key, value = (rows(batch, depth, keys, torch.bfloat16).mT for _ in range(2))
+        shape = f"B{batch} d{depth} N{queries} M{keys} bf16"
+        mean, lse = library_core.attention_forward(query, key, value)
+        yield f"{shape} core forward", "library_core", functools.partial(
+            library_core.attention_forward, query, key, value
+        )
+        run = functools.partial(library_core.attention_backward, grad, query, key, value, mean, lse)
+        yield f"{shape} core backward", "library_core", run
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            leaves = [each[:, None].detach().requires_grad_() for each in (query, key, value)]
+            yield f"{shape} core forward+backward", backend.name, functools.partial(
+                core_gradient, backend, leaves, grad[:, None]
+            )
+        transposed = [each.mT for each in (grad, query, key, value, mean)]
+        yield f"{shape} core backward", "Triton", functools.partial(
+            triton_kernels.attention_backward, *transposed, lse
+        )
+    for case in (Case(64, 64, 14), Case(32, 256, 28), Case(32, 256, 28, True), Case(8, 512, 56)):
+        x, w, b, wz, bz = (tensor.detach() for tensor in case.tensors())
+        weights = triton_block.Projections(*(p.flatten(1) for p in w.chunk(3)), wz.flatten(1), *b.chunk(3), bz)
+        pool = (2, 2) if case.pooled else None
+        run = functools.partial(triton_dot.block_forward, x, weights, pool=pool, residual=True)
+        yield f"dot {case}", "Triton", run
+        plan = triton_dot._plan(*triton_block._signature(x, weights, pool), True)
+        partial, folded = torch.empty(plan.partial, device="cuda"), x.new_empty(plan.folded)
+        z = torch.empty_like(x)
+        for name, launch, tensors in (
+            ("moments", plan.moments, (x, weights.phi, weights.g, weights.phi_bias, weights.g_bias, partial)),
+            ("fold", plan.fold, (partial, weights.out, folded)),
+            ("apply", plan.apply, (x, weights.theta, weights.theta_bias, folded, weights.out_bias, z)),
+        ):
+            yield f"dot {case}", name, functools.partial(on_stream, launch, tensors)
+        if case.channels == 512:
+            yield f"{case} forward", "library", functools.partial(forward, x, weights, None, False)
+            yield f"{case} forward+backward", "library", functools.partial(everything, x, weights, None)
 
 
 def stages(
@@ -146,22 +206,19 @@ def stages(
 ) -> dict[str, Callable[[], object]]:
     """Each launch of the block alone, on tensors of the right shapes."""
     z = torch.empty_like(x)
-    geometry, strides = triton_block._geometry(x, pool), triton_block._strides(x)
-    sizes = (x.shape[0], x.shape[1], weights.theta.shape[0], weights.g.shape[0], x.dtype, "tf32")
-    project, attend = triton_block._forward_launches(geometry, strides, *sizes, True, True, True, True, ())
-    back, spread, contribute, splits = triton_block._backward_launches(
-        geometry, geometry, strides, *sizes, True, ()
-    )
+    signature = triton_block._signature(x, weights, pool)
+    plan = triton_block._forward_plan(*signature, True, True)
+    back = triton_block._backward_plan(*signature, z.stride(), True, True)
     choices = saved.key_choice, saved.value_choice
     gradients = saved.query, saved.key, saved.value
-    total = 2 * (weights.theta.numel() + weights.g.numel()) + sum(bias.numel() for bias in weights[4:])
-    partial = torch.empty(splits, total, device="cuda")
+    partial = torch.empty(back.splits, sum(back.pieces), device="cuda")
     calls = {
-        "projection": (project, (x, *weights[:3], *weights[4:7], *gradients, *choices)),
-        "attention": (attend, (*gradients, weights.out, weights.out_bias, x, z, saved.mean, saved.lse)),
-        "gradient of W_z y": (back, (z, weights.out, torch.empty_like(saved.mean))),
-        "gradient of x": (spread, (z, *gradients, *choices, *weights[:3], torch.empty_like(x))),
-        "gradient of weights": (contribute, (x, z, *gradients, *choices, saved.mean, partial)),
+        "project": (plan.project, (x, *weights[:3], *weights[4:7], *gradients, *choices)),
+        "attend": (plan.attend, (*gradients, weights.out, weights.out_bias, x, z, saved.mean, saved.lse)),
+        "back": (back.back, (z, weights.out, torch.empty_like(saved.mean))),
+        "spread": (back.spread, (z, *gradients, *choices, *weights[:3], torch.empty_like(x))),
+        "contribute": (back.contribute, (x, z, *gradients, *choices, saved.mean, partial)),
+        "reduce": (back.reduce, (partial, x.new_empty(partial.shape[1]))),
     }
     return {name: functools.partial(on_stream, launch, tensors) for name, (launch, tensors) in calls.items()}
 
@@ -197,9 +254,11 @@ def with_tf32(run: Callable[[], object]) -> None:
 
 
 def candidates() -> Iterator[Candidate]:
-    yield from attention_candidates()
-    yield from single_candidates()
-    yield from block_candidates()
+    for section in (library_candidates, attention_candidates, single_candidates, block_candidates):
+        try:
+            yield from section()
+        except Exception as error:
+            print(f"{section.__name__}: {error!r}"[:300], flush=True)
 
 
 def warm(worker: int) -> None:

@@ -19,7 +19,7 @@ build() { "$PYTHON" setup.py build_ext --inplace; }
 run_tests() {
   local workers=()
   "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
-  "$PYTHON" -m pytest -q -m gpu "${workers[@]}" -p no:cacheprovider tests/ops tests/nn
+  "$PYTHON" -m pytest -q -m gpu "${workers[@]}" -p no:cacheprovider $(grep -rlE "mark\.gpu" tests)
 }
 
 # memcheck over the CUDA C++ kernels at odd sizes; Triton's kernels are left to its own bounds masks.

@@ -55,9 +55,12 @@ class Launch:
             self._compiled = compiled.run
 
 
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def current_stream(device_index: int) -> int:
     """Returns the raw handle of the stream that new work on this device goes to (never cache it)."""
-    return int(torch._C._cuda_getCurrentRawStream(device_index)) if torch.cuda.is_available() else 0
+    return 0 if _raw_stream is None or device_index < 0 else _raw_stream(device_index)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -22,7 +22,7 @@ import nonlocal_attention_gpu_cases as cases
 
 pytest.importorskip("triton", reason="Triton is optional")
 
-from rlnas_fast.ops.nonlocal_attention import cuda, triton_block, triton_kernels
+from rlnas_fast.ops.nonlocal_attention import cuda, reference, triton_block, triton_dot, triton_kernels
 
 ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -92,20 +92,22 @@ BLOCKS = [
     ((2, 8, 7, 5), 4, None, "sliced"),
     ((1, 1, 1, 1), 1, None, "contiguous"),
     ((1, 512, 12, 12), 256, None, "channels_last"),
+    ((2, 320, 34, 34), 160, None, "channels_last"),
 ]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block_is_as_exact_as_plain_pytorch(dtype: torch.dtype, number: int) -> None:
+def test_block_is_as_exact_as_plain_pytorch(
+    dtype: torch.dtype, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape, inner, pool, layout = BLOCKS[number]
     residual, bias = number % 2 == 0, number % 3 != 2
     x = cases.laid_out(shape, layout, dtype, "cuda")
     weights = cases.projections(shape[1], inner, inner, bias, dtype, "cuda")
-    if not triton_block.supports(x, weights):
-        assert dtype is torch.float32
-        return
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)  # float32 is fused in TF32 only
+    assert triton_block.supports(x, weights)
     grad = cases.laid_out(shape, layout, dtype, "cuda")
     with poisoned():
         z, saved = triton_block.block_forward(x, weights, pool=pool, residual=residual, save=True)
@@ -126,6 +128,25 @@ def test_block_is_as_exact_as_plain_pytorch(dtype: torch.dtype, number: int) -> 
         if name != "phi_bias" or pool:
             error, allowed = cases.distance(ours, truth), 2 * cases.distance(theirs, truth) + FLOOR[dtype]
             assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_dot_product_block_is_as_exact_as_plain_pytorch(dtype: torch.dtype, number: int) -> None:
+    shape, inner, pool, layout = BLOCKS[number]
+    x = cases.laid_out(shape, layout, dtype, "cuda")
+    weights = cases.projections(shape[1], inner, inner, number % 2 == 0, dtype, "cuda")
+    with poisoned():
+        z = triton_dot.block_forward(x, weights, pool=pool, residual=number % 3 == 0)
+
+    def plain(precision: torch.dtype) -> torch.Tensor:
+        operands = [None if each is None else each.to(precision) for each in (x, *weights)]
+        return reference.nonlocal_block(
+            *operands[:5], biases=tuple(operands[5:]), kind="dot_product", pool=pool, residual=number % 3 == 0
+        )
+
+    within_twice_plain((z,), (plain(dtype),), (plain(torch.float64),), dtype)
 
 
 @pytest.mark.gpu

@@ -16,9 +16,11 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from rlnas_fast.ops.nonlocal_attention import library_core
 from rlnas_fast.ops.nonlocal_attention.triton_kernels import (
     LARGEST_CHUNK,
     Tiles,
@@ -34,7 +36,7 @@ from rlnas_fast.ops.triton_launch import Launch, current_stream, dot_precision
 
 __all__ = ["Projections", "Saved", "block_backward", "block_forward", "supports"]
 
-WEIGHT_SPLITS = 128  # about one a multiprocessor
+PROGRAMS = 264  # two a multiprocessor of an H200
 
 
 class Projections(NamedTuple):
@@ -63,15 +65,10 @@ class Saved(NamedTuple):
 
 
 def supports(x: torch.Tensor, weights: Projections) -> bool:
-    """Says whether the fused block fits: one chunk of inner channels, contiguous weights, one rule of bias."""
+    """Says whether the fused block fits: tensor cores, one chunk of inner channels, one rule of bias."""
     inner = max(weights.theta.shape[0], weights.g.shape[0])
-    biases = {bias is None for bias in (weights.theta_bias, weights.phi_bias, weights.g_bias)}
-    return (
-        x.numel() > 0
-        and inner <= LARGEST_CHUNK[dot_precision(x.dtype)]
-        and len(biases) == 1
-        and all(weight.is_contiguous() for weight in weights if weight is not None)
-    )
+    biases = {bias is None for bias in weights[4:7]}
+    return x.numel() > 0 and dot_precision(x.dtype) == "tf32" and inner <= LARGEST_CHUNK["tf32"] and len(biases) == 1
 
 
 def block_forward(
@@ -91,6 +88,8 @@ def block_forward(
     """
     plan = _forward_plan(*_signature(x, weights, pool), residual, save)
     z = torch.empty_like(x)
+    if plan.library:
+        return z, _library_forward(x, weights, z, plan)
     query, key, value = (x.new_empty(shape) for shape in plan.shapes[:3])
     mean = lse = key_choice = value_choice = None
     if save:
@@ -101,6 +100,14 @@ def block_forward(
     plan.project(stream, x, *weights[:3], *weights[4:7], query, key, value, key_choice, value_choice)
     plan.attend(stream, query, key, value, weights.out, weights.out_bias, x, z, mean, lse)
     return z, Saved(query, key, value, mean, lse, key_choice, value_choice) if save else None
+
+
+def _library_forward(x: torch.Tensor, weights: Projections, z: torch.Tensor, plan: _Forward) -> Saved:
+    rows = x.flatten(2).mT
+    query, key, value = (F.linear(rows, weights[index], weights[index + 4]) for index in range(3))
+    mean, lse = library_core.attention_forward(query, key, value)
+    plan.finish(current_stream(x.get_device()), weights.out, weights.out_bias, x, z, mean)
+    return Saved(query, key, value, mean, lse, None, None)
 
 
 def block_backward(
@@ -118,12 +125,17 @@ def block_backward(
     choices = saved.key_choice, saved.value_choice
     gx, grad_mean = torch.empty_like(x), torch.empty_like(saved.mean)
     plan.back(stream, grad_z, weights.out, grad_mean)
-    rows = (each.mT for each in (grad_mean, saved.query, saved.key, saved.value, saved.mean))
-    gradients = [gradient.mT for gradient in attention_backward(*rows, saved.lse)]
+    if plan.library:
+        gradients = library_core.attention_backward(grad_mean, *saved[:5])
+    else:
+        rows = (each.mT for each in (grad_mean, saved.query, saved.key, saved.value, saved.mean))
+        gradients = [gradient.mT for gradient in attention_backward(*rows, saved.lse)]
     plan.spread(stream, grad_z, *gradients, *choices, *weights[:3], gx)
     partial = x.new_empty((plan.splits, sum(plan.pieces)), dtype=torch.float32)
     plan.contribute(stream, x, grad_z, *gradients, *choices, saved.mean, partial)
-    pieces = partial.sum(0).to(x.dtype).split(plan.pieces)
+    total = x.new_empty(partial.shape[1])
+    plan.reduce(stream, partial, total)
+    pieces = total.split(plan.pieces)
     return gx, Projections(
         *(None if weight is None else piece.view_as(weight) for piece, weight in zip(pieces, weights, strict=True))
     )
@@ -132,15 +144,19 @@ def block_backward(
 class _Forward(NamedTuple):
     project: Launch
     attend: Launch
+    finish: Launch
     shapes: tuple[tuple[int, int, int], ...]  # of query, key, value, mean
     pooled: bool
+    library: bool
 
 
 class _Backward(NamedTuple):
     back: Launch
     spread: Launch
     contribute: Launch
+    reduce: Launch
     splits: int
+    library: bool
     pieces: list[int]  # of the reduced weight gradients, in the order of Projections
 
 
@@ -195,10 +211,40 @@ def _signature(x, weights, pool):
     )  # fmt: skip
 
 
-def _gemm_tiles(dtype: torch.dtype, precision: str) -> Tiles:
+def use_library(depth: int, width: int, queries: int, keys: int, dtype: torch.dtype) -> bool:
+    """Says where vendor libraries make the faster core (measured on an H200): wide heads, many keys."""
+    return min(depth, width) > 128 and min(queries, keys) >= 1024 and dtype is not torch.float32
+
+
+class Gemm(NamedTuple):
+    """How a product is cut: the tile of the result a program owns, and how much of the sum it takes at a time."""
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+
+
+def gemm_tiles(stage: str, columns: int, dtype: torch.dtype, precision: str, pooled: bool) -> Gemm:
+    """Chooses the tiles of ``project``, ``back``, ``spread`` or ``contribute`` (measured on an H200)."""
+    if precision == "ieee" and dtype is torch.float32:
+        return Gemm(32, 32, 16, 4, 1)
     if dtype is torch.float32:
-        return Tiles(64, 32, 4, 2) if precision == "tf32" else Tiles(32, 16, 4, 1)
-    return Tiles(64, 64, 4, 3)
+        return Gemm(64, min(64, chunk(columns)), 32, 4, 2)
+    wide = min(128, chunk(columns))
+    if stage == "contribute":
+        side = max(64, wide)
+        return Gemm(side, side, 64, side // 16, 3)
+    if stage == "project" and pooled and wide == 128:
+        return Gemm(64, wide, 64, 8, 3)  # the largest value so far and its index live beside the sum
+    return Gemm(128, wide, 32, 8, 3) if stage == "spread" and wide == 128 else Gemm(64, wide, 32, 4, 3)
+
+
+def attention_tiles(depth: int, width: int, queries: int, dtype: torch.dtype, precision: str) -> tuple[Tiles, int]:
+    """Chooses the tiles of the attention, and how many channels of W_z y it makes at a time."""
+    tiles = forward_tiles(depth, width, queries, dtype, precision)
+    return tiles, 16 if precision == "ieee" else 32 if dtype is torch.float32 else 64
 
 
 @functools.lru_cache(maxsize=4096)
@@ -208,41 +254,51 @@ def _forward_plan(
     batch, channels = shape[:2]
     geometry = _geometry(shape, strides, pool)
     output = _geometry(shape, _dense_like(shape, strides), pool)
-    tiles = _gemm_tiles(dtype, precision)
     positions, keys, pooled = geometry.positions, geometry.keys, math.prod(geometry.pool) > 1
-    sizes = (batch, channels, depth, width, positions, keys, *geometry.spatial[1:], *geometry.pooled[1:])
-    block_o = min(128 if dtype is not torch.float32 else 64, max(chunk(depth), chunk(width)))
+    tiles = gemm_tiles("project", max(depth, width), dtype, precision, pooled)
+    sizes = (channels, depth, width, positions, keys, *geometry.spatial[1:], *geometry.pooled[1:])
     query_rows, key_rows = triton.cdiv(positions, tiles.rows), triton.cdiv(keys, tiles.rows)
-    columns = triton.cdiv(depth, block_o), triton.cdiv(depth, block_o), triton.cdiv(width, block_o)
+    depth_tiles, width_tiles = triton.cdiv(depth, tiles.columns), triton.cdiv(width, tiles.columns)
     project = Launch(
         _project_kernel,
-        ((query_rows * columns[0] + key_rows * (columns[1] + columns[2])) * batch, 1, 1),
+        ((query_rows * depth_tiles + key_rows * (depth_tiles + width_tiles)) * batch, 1, 1),
         (*sizes, *geometry.strides),
         {
-            "BLOCK_P": tiles.rows, "BLOCK_C": tiles.columns, "BLOCK_O": block_o, "POOL_T": geometry.pool[0],
+            "BLOCK_P": tiles.rows, "BLOCK_C": tiles.step, "BLOCK_O": tiles.columns, "POOL_T": geometry.pool[0],
             "POOL_H": geometry.pool[1], "POOL_W": geometry.pool[2], "FLAT": geometry.flat,
             "HAS_BIAS": has_bias, "SAVE": save and pooled, "PRECISION": precision,
         },
-        warps=8 if pooled else tiles.warps,  # the largest value so far and its index live beside the sum
+        warps=tiles.warps,
         stages=tiles.stages,
     )  # fmt: skip
-    cut = forward_tiles(depth, width, positions, dtype, precision)
-    block_d, block_e = chunk(depth), chunk(width)
+    cut, part = attention_tiles(depth, width, positions, dtype, precision)
+    block_d, block_e = chunk(depth, precision), chunk(width, precision)
     attention = Launch(
         _attention_kernel,
         (triton.cdiv(positions, cut.rows) * batch, 1, 1),
         (positions, keys, depth, width, channels, *geometry.spatial[1:], *geometry.strides, *output.strides),
         {
-            "BLOCK_N": cut.rows, "BLOCK_M": cut.columns, "BLOCK_D": block_d, "BLOCK_E": block_e,
-            "BLOCK_C": min(tiles.columns, 64), "EVEN_D": depth == block_d, "EVEN_E": width == block_e,
-            "FLAT": geometry.flat, "Z_FLAT": output.flat,
+            "BLOCK_N": cut.rows, "BLOCK_M": cut.columns, "BLOCK_D": block_d, "BLOCK_E": block_e, "BLOCK_C": part,
+            "EVEN_D": depth == block_d, "EVEN_E": width == block_e, "FLAT": geometry.flat, "Z_FLAT": output.flat,
             "HAS_BIAS": has_out_bias, "RESIDUAL": residual, "SAVE": save, "PRECISION": precision,
         },
         warps=cut.warps,
         stages=cut.stages,
     )  # fmt: skip
+    finish_rows = Launch(
+        _finish_kernel,
+        (triton.cdiv(positions, 64) * batch, 1, 1),
+        (positions, width, channels, *geometry.spatial[1:], *geometry.strides, *output.strides),
+        {
+            "BLOCK_N": 64, "BLOCK_E": block_e, "BLOCK_C": part, "FLAT": geometry.flat, "Z_FLAT": output.flat,
+            "HAS_BIAS": has_out_bias, "RESIDUAL": residual, "PRECISION": precision,
+        },
+        warps=4,
+        stages=2,
+    )  # fmt: skip
     shapes = (batch, positions, depth), (batch, keys, depth), (batch, keys, width), (batch, positions, width)
-    return _Forward(project, attention, shapes, pooled)
+    library = use_library(depth, width, positions, keys, dtype) and geometry.flat and strides[1] == 1
+    return _Forward(project, attention, finish_rows, shapes, pooled, library)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -253,59 +309,65 @@ def _backward_plan(
     batch, channels = shape[:2]
     geometry, grad = (_geometry(shape, each, pool) for each in (strides, grad_strides))
     output = _geometry(shape, _dense_like(shape, strides), pool)
-    tiles = _gemm_tiles(dtype, precision)
     positions, keys = geometry.positions, geometry.keys
-    shared = {
-        "BLOCK_C": tiles.columns, "POOL_T": geometry.pool[0], "POOL_H": geometry.pool[1],
-        "POOL_W": geometry.pool[2], "PRECISION": precision,
-    }  # fmt: skip
-    row_tiles = triton.cdiv(positions, tiles.rows)
-    block_e = min(128, chunk(width))
+    where = (*geometry.spatial, *geometry.pooled)
+    pool_constants = dict(zip(("POOL_T", "POOL_H", "POOL_W"), geometry.pool, strict=True))
+
+    def tiles_of(stage: str, columns: int) -> Gemm:
+        return gemm_tiles(stage, columns, dtype, precision, math.prod(geometry.pool) > 1)
+
+    tiles = tiles_of("back", width)
     back = Launch(
         _grad_mean_kernel,
-        (row_tiles * batch, triton.cdiv(width, block_e), 1),
+        (triton.cdiv(positions, tiles.rows) * batch, triton.cdiv(width, tiles.columns), 1),
         (positions, channels, width, *geometry.spatial[1:], *grad.strides),
         {
-            "BLOCK_P": tiles.rows, "BLOCK_C": tiles.columns, "BLOCK_E": block_e, "FLAT": grad.flat,
+            "BLOCK_P": tiles.rows, "BLOCK_C": tiles.step, "BLOCK_E": tiles.columns, "FLAT": grad.flat,
             "PRECISION": precision,
         },
         warps=tiles.warps,
         stages=tiles.stages,
     )  # fmt: skip
+    tiles = tiles_of("spread", channels)
     spread = Launch(
         _input_gradient_kernel,
-        (row_tiles * batch, triton.cdiv(channels, 64), 1),
-        (positions, keys, channels, depth, width, *geometry.spatial, *geometry.pooled, *grad.strides, *output.strides),
+        (triton.cdiv(positions, tiles.rows) * batch, triton.cdiv(channels, tiles.columns), 1),
+        (positions, keys, channels, depth, width, *where, *grad.strides, *output.strides),
         {
-            **shared, "BLOCK_P": tiles.rows, "BLOCK_C": 64, "BLOCK_K": tiles.columns, "RESIDUAL": residual,
-            "FLAT": grad.flat, "X_FLAT": output.flat,
+            **pool_constants, "PRECISION": precision, "BLOCK_P": tiles.rows, "BLOCK_C": tiles.columns,
+            "BLOCK_K": tiles.step, "RESIDUAL": residual, "FLAT": grad.flat, "X_FLAT": output.flat,
         },
         warps=tiles.warps,
         stages=tiles.stages,
     )  # fmt: skip
-    block_r = 64 if dtype is not torch.float32 else 32
-    rows = triton.cdiv(depth, block_r), triton.cdiv(depth, block_r), triton.cdiv(width, block_r)
-    tiles_of_output = sum(rows) * triton.cdiv(channels, 64) + rows[2] * triton.cdiv(channels, 64)
-    steps = batch * row_tiles
-    splits = max(1, min(steps, 2 * WEIGHT_SPLITS // tiles_of_output, WEIGHT_SPLITS))
-    per_split = triton.cdiv(steps, splits)
+    tiles = tiles_of("contribute", min(max(depth, width), channels))
+    inner_tiles = 2 * triton.cdiv(depth, tiles.rows) + 2 * triton.cdiv(width, tiles.rows)
+    programs = inner_tiles * triton.cdiv(channels, tiles.columns)
+    steps = batch * triton.cdiv(positions, tiles.step)
+    per_split = triton.cdiv(steps, max(1, min(steps, PROGRAMS // programs)))
     splits = triton.cdiv(steps, per_split)
     contribute = Launch(
         _weight_gradient_kernel,
-        (tiles_of_output, splits, 1),
-        (
-            batch, positions, keys, channels, depth, width, *geometry.spatial, *geometry.pooled, per_split,
-            *geometry.strides, *grad.strides,
-        ),
+        (programs, splits, 1),
+        (batch, positions, keys, channels, depth, width, *where, per_split, *geometry.strides, *grad.strides),
         {
-            **shared, "BLOCK_P": tiles.rows, "BLOCK_C": 64, "BLOCK_R": block_r, "FLAT": geometry.flat,
-            "GRAD_FLAT": grad.flat,
+            **pool_constants, "PRECISION": precision, "BLOCK_P": tiles.step, "BLOCK_C": tiles.columns,
+            "BLOCK_R": tiles.rows, "FLAT": geometry.flat, "GRAD_FLAT": grad.flat,
         },
-        warps=4,
+        warps=tiles.warps,
         stages=tiles.stages,
     )  # fmt: skip
     pieces = [depth * channels] * 2 + [width * channels] * 2 + [depth, depth, width, channels]
-    return _Backward(back, spread, contribute, splits, pieces)
+    reduce = Launch(
+        _reduce_kernel,
+        (triton.cdiv(sum(pieces), 128), 1, 1),
+        (splits, sum(pieces)),
+        {"SPLITS": 16, "BLOCK": 128},
+        warps=4,
+        stages=2,
+    )
+    library = use_library(depth, width, positions, keys, dtype)
+    return _Backward(back, spread, contribute, reduce, splits, library, pieces)
 
 
 @triton.jit
@@ -331,55 +393,40 @@ def window_position(key, element, height, width, pooled_h, pooled_w, POOL_T: tl.
 
 @triton.jit
 def _project_kernel(x, theta, phi, g, theta_bias, phi_bias, g_bias, query, key, value, key_choice, value_choice,
-                    batch, channels, depth, width, positions, keys, height, columns, pooled_h, pooled_w, x_b, x_c,
-                    x_t, x_h, x_w, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+                    channels, depth, width, positions, keys, height, columns, pooled_h, pooled_w, x_b, x_c, x_t,
+                    x_h, x_w, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
                     POOL_T: tl.constexpr, POOL_H: tl.constexpr, POOL_W: tl.constexpr, FLAT: tl.constexpr,
                     HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile of theta, phi or g.  phi and g are the largest over each window, and remember which it was.
+
+    One path serves all three: separate branches would each reserve their own shared memory.
+    """
+    WINDOW: tl.constexpr = POOL_T * POOL_H * POOL_W
     depth_tiles = tl.cdiv(depth, BLOCK_O)
     width_tiles = tl.cdiv(width, BLOCK_O)
     query_programs = tl.cdiv(positions, BLOCK_P) * depth_tiles
-    key_tiles = tl.cdiv(keys, BLOCK_P)
-    programs = query_programs + key_tiles * (depth_tiles + width_tiles)
+    key_programs = tl.cdiv(keys, BLOCK_P) * depth_tiles
+    programs = query_programs + key_programs + tl.cdiv(keys, BLOCK_P) * width_tiles
     sample = (tl.program_id(0) // programs).to(tl.int64)
     pid = tl.program_id(0) % programs
+    is_query = pid < query_programs
+    is_value = pid >= query_programs + key_programs
+    rows = tl.where(is_query, positions, keys)
+    outputs = tl.where(is_value, width, depth)
+    tiles = tl.where(is_value, width_tiles, depth_tiles)
+    weight = tl.where(is_query, theta, tl.where(is_value, g, phi))
+    out = tl.where(is_query, query, tl.where(is_value, value, key)) + sample * rows * outputs
+    pid -= tl.where(is_query, 0, tl.where(is_value, query_programs + key_programs, query_programs))
+    row = pid // tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    output = pid % tiles * BLOCK_O + tl.arange(0, BLOCK_O)
     x += sample * x_b
-    if pid < query_programs:
-        _project(x, theta, theta_bias, query + sample * positions * depth, key_choice,
-                 pid // depth_tiles * BLOCK_P, pid % depth_tiles * BLOCK_O, channels, depth, positions, height,
-                 columns, pooled_h, pooled_w, x_c, x_t, x_h, x_w, BLOCK_P, BLOCK_C, BLOCK_O, 1, 1, 1, FLAT,
-                 HAS_BIAS, False, PRECISION)
-    elif pid < query_programs + key_tiles * depth_tiles:
-        pid -= query_programs
-        _project(x, phi, phi_bias, key + sample * keys * depth,
-                 key_choice + sample * keys * depth if SAVE else key_choice,
-                 pid // depth_tiles * BLOCK_P, pid % depth_tiles * BLOCK_O, channels, depth, keys, height, columns,
-                 pooled_h, pooled_w, x_c, x_t, x_h, x_w, BLOCK_P, BLOCK_C, BLOCK_O, POOL_T, POOL_H, POOL_W,
-                 FLAT, HAS_BIAS, SAVE, PRECISION)
-    else:
-        pid -= query_programs + key_tiles * depth_tiles
-        _project(x, g, g_bias, value + sample * keys * width,
-                 value_choice + sample * keys * width if SAVE else value_choice,
-                 pid // width_tiles * BLOCK_P, pid % width_tiles * BLOCK_O, channels, width, keys, height, columns,
-                 pooled_h, pooled_w, x_c, x_t, x_h, x_w, BLOCK_P, BLOCK_C, BLOCK_O, POOL_T, POOL_H, POOL_W,
-                 FLAT, HAS_BIAS, SAVE, PRECISION)
-
-
-@triton.jit
-def _project(x, weight, bias, out, choice, first_row, first_output, channels, outputs, rows, height, columns,
-             pooled_h, pooled_w, x_c, x_t, x_h, x_w, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-             BLOCK_O: tl.constexpr, POOL_T: tl.constexpr, POOL_H: tl.constexpr, POOL_W: tl.constexpr,
-             FLAT: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile of a 1x1 convolution, its largest value over each window, and which element that was."""
-    WINDOW: tl.constexpr = POOL_T * POOL_H * POOL_W
-    row = first_row + tl.arange(0, BLOCK_P)
-    output = first_output + tl.arange(0, BLOCK_O)
     largest = tl.full([BLOCK_P, BLOCK_O], float("-inf"), tl.float32)
     chosen = tl.zeros([BLOCK_P, BLOCK_O], tl.int32)
-    for element in range(WINDOW):
-        if WINDOW == 1:
-            position = row
-        else:
-            position = window_position(row, element, height, columns, pooled_h, pooled_w, POOL_T, POOL_H, POOL_W)
+    for element in range(tl.where(is_query, 1, WINDOW) if WINDOW > 1 else 1):
+        position = row
+        if WINDOW > 1:
+            pooled = window_position(row, element, height, columns, pooled_h, pooled_w, POOL_T, POOL_H, POOL_W)
+            position = tl.where(is_query, row, pooled)
         where = x + offset(position, height, columns, x_t, x_h, x_w, FLAT)
         product = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
         for start in range(0, channels, BLOCK_C):
@@ -396,11 +443,14 @@ def _project(x, weight, bias, out, choice, first_row, first_output, channels, ou
             largest = tl.where(take, product, largest)
             chosen = tl.where(take, element, chosen)
     if HAS_BIAS:
+        bias = tl.where(is_query, theta_bias, tl.where(is_value, g_bias, phi_bias))
         largest += tl.load(bias + output, output < outputs, other=0.0).to(tl.float32)[None, :]
     mask = (row[:, None] < rows) & (output[None, :] < outputs)
     tl.store(tile_pointers(out, row, output, outputs, 1), largest.to(out.dtype.element_ty), mask)
     if SAVE:
-        tl.store(tile_pointers(choice, row, output, outputs, 1), chosen.to(tl.uint8), mask)
+        choice = tl.where(is_value, value_choice, key_choice) + sample * rows * outputs
+        if not is_query:
+            tl.store(tile_pointers(choice, row, output, outputs, 1), chosen.to(tl.uint8), mask)
 
 
 @triton.jit
@@ -420,12 +470,22 @@ def _attention_kernel(query, key, value, weight, bias, x, z, mean_out, lse, posi
         tl.store(tile_pointers(mean_out + sample * positions * width, row, output, width, 1), mean,
                  (row[:, None] < positions) & (output[None, :] < width))
         tl.store(lse + sample * positions + row, log_sum, row < positions)
-    x_rows = x + sample * x_b + offset(row, height, columns, x_t, x_h, x_w, FLAT)
-    z_rows = z + sample * z_b + offset(row, height, columns, z_t, z_h, z_w, Z_FLAT)
+    finish(mean, row, weight, bias, x + sample * x_b, z + sample * z_b, positions, width, channels, height, columns,
+           x_c, x_t, x_h, x_w, z_c, z_t, z_h, z_w, BLOCK_E, BLOCK_C, FLAT, Z_FLAT, HAS_BIAS, RESIDUAL, PRECISION)
+
+
+@triton.jit
+def finish(mean, row, weight, bias, x, z, positions, width, channels, height, columns, x_c, x_t, x_h, x_w, z_c, z_t,
+           z_h, z_w, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, Z_FLAT: tl.constexpr,
+           HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr):
+    """Stores z = W_z mean + bias + x for a tile of positions."""
+    output = tl.arange(0, BLOCK_E)
+    x_rows = x + offset(row, height, columns, x_t, x_h, x_w, FLAT)
+    z_rows = z + offset(row, height, columns, z_t, z_h, z_w, Z_FLAT)
     for start in range(0, channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
-        part = load_tile(tile_pointers(weight, output, channel, 1, width), output, channel, width, channels,
-                         not EVEN_E, True)
+        part = load_tile(tile_pointers(weight, output, channel, 1, width), output, channel, width, channels, True,
+                         True)
         result = tl.dot(mean, part, input_precision=PRECISION)
         if HAS_BIAS:
             result += tl.load(bias + channel, channel < channels, other=0.0).to(tl.float32)[None, :]
@@ -433,6 +493,19 @@ def _attention_kernel(query, key, value, weight, bias, x, z, mean_out, lse, posi
         if RESIDUAL:
             result += tl.load(x_rows[:, None] + channel.to(tl.int64)[None, :] * x_c, mask, other=0.0).to(tl.float32)
         tl.store(z_rows[:, None] + channel.to(tl.int64)[None, :] * z_c, result.to(z.dtype.element_ty), mask)
+
+
+@triton.jit
+def _finish_kernel(weight, bias, x, z, mean_in, positions, width, channels, height, columns, x_b, x_c, x_t, x_h, x_w,
+                   z_b, z_c, z_t, z_h, z_w, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+                   FLAT: tl.constexpr, Z_FLAT: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+                   PRECISION: tl.constexpr):
+    sample, row = place(positions, BLOCK_N)
+    output = tl.arange(0, BLOCK_E)
+    mean = load_tile(tile_pointers(mean_in + sample * positions * width, row, output, width, 1), row, output, positions,
+                     width, True, True)
+    finish(mean, row, weight, bias, x + sample * x_b, z + sample * z_b, positions, width, channels, height, columns,
+           x_c, x_t, x_h, x_w, z_c, z_t, z_h, z_w, BLOCK_E, BLOCK_C, FLAT, Z_FLAT, HAS_BIAS, RESIDUAL, PRECISION)
 
 
 @triton.jit
@@ -592,3 +665,15 @@ def _weight_gradient(wide, inner_rows, choice, out, sums, pid, first, last, posi
         tl.store(tile_pointers(out, inner, channel, channels, 1), total, mask)
         if pid % channel_tiles == 0:
             tl.store(sums + inner, inner_sum, inner < size)
+
+
+@triton.jit
+def _reduce_kernel(partial, total, splits, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums the splits in their order, so that runs are bitwise equal."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([SPLITS, BLOCK], tl.float32)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        sums += tl.load(tile_pointers(partial, split, column, size, 1),
+                        (split[:, None] < splits) & (column[None, :] < size), other=0.0)
+    tl.store(total + column, tl.sum(sums, 0).to(total.dtype.element_ty), column < size)

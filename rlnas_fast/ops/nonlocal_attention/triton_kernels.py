@@ -70,7 +70,7 @@ def attention_forward(
     launch = _forward_launch(
         _layout(theta), _layout(phi), _layout(g), _layout(y), theta.dtype, dot_precision(theta.dtype), tiles
     )
-    launch(current_stream(theta.device.index), theta, phi, g, y, lse)
+    launch(current_stream(theta.get_device()), theta, phi, g, y, lse)
     return y, lse
 
 
@@ -92,7 +92,7 @@ def attention_backward(
     delta = torch.empty_like(lse)
     precision = dot_precision(theta.dtype)
     layouts = tuple(_layout(tensor) for tensor in (theta, phi, g, grad_y, y))
-    stream = current_stream(theta.device.index)
+    stream = current_stream(theta.get_device())
     query_pass = _query_launch(*layouts, _layout(gtheta), theta.dtype, precision, query_tiles)
     query_pass(stream, theta, phi, g, grad_y, y, lse, delta, gtheta)
     key_pass = _key_launch(*layouts[:4], _layout(gphi), _layout(gg), theta.dtype, precision, key_tiles)
@@ -140,7 +140,7 @@ def forward_tiles(depth: int, width: int, queries: int, dtype: torch.dtype, prec
         return Tiles(64, 32, 4, 2) if channels <= 64 else Tiles(64, 32, 8, 1)
     if queries <= 256 and channels <= 128:
         return Tiles(64, 64, 4, 3)
-    return {256: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 3)}.get(channels, Tiles(128, 64, 4, 3))
+    return {256: Tiles(128, 64, 8, 2), 128: Tiles(64, 64, 4, 2)}.get(channels, Tiles(128, 64, 4, 3))
 
 
 def query_tiles(depth: int, width: int, dtype: torch.dtype, precision: str) -> Tiles:
@@ -150,7 +150,7 @@ def query_tiles(depth: int, width: int, dtype: torch.dtype, precision: str) -> T
     channels = max(chunk(depth), chunk(width))
     if dtype is torch.float32:
         return Tiles(32, 32, 4, 1) if channels <= 128 else Tiles(32, 16, 8, 1)
-    return {256: Tiles(64, 32, 8, 2), 128: Tiles(64, 64, 4, 2)}.get(channels, Tiles(64, 64, 4, 3))
+    return {256: Tiles(128, 32, 8, 2), 128: Tiles(64, 64, 4, 2)}.get(channels, Tiles(64, 64, 4, 3))
 
 
 def key_tiles(depth: int, width: int, dtype: torch.dtype, precision: str) -> Tiles:
@@ -160,7 +160,7 @@ def key_tiles(depth: int, width: int, dtype: torch.dtype, precision: str) -> Til
     channels = max(chunk(depth), chunk(width))
     if dtype is torch.float32:
         return Tiles(32, 32, 4, 1) if channels <= 128 else Tiles(32, 16, 8, 1)
-    return {256: Tiles(64, 16, 8, 2), 128: Tiles(64, 64, 8, 2)}.get(channels, Tiles(64, 64, 4, 3))
+    return {256: Tiles(64, 32, 8, 2), 128: Tiles(64, 64, 4, 2)}.get(channels, Tiles(64, 32, 4, 2))
 
 
 @functools.lru_cache(maxsize=4096)
