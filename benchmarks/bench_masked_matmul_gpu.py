@@ -316,6 +316,7 @@ TUNED = {
         *((128, 64, 64, 4, 7), (64, 64, 128, 4, 5), (128, 128, 128, 8, 4), (64, 64, 64, 4, 7)),
     ],
 }
+CLUSTERS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
 TUNED_SAMPLED = {
     16: [(64, 16, 64, 4, 3), (64, 16, 128, 4, 4), (128, 16, 64, 4, 4)],
     32: [(64, 32, 64, 4, 3), (64, 32, 128, 4, 4), (128, 32, 64, 4, 4)],
@@ -339,8 +340,10 @@ def tune(rows: list[Row], tile: int) -> None:
         calls: Contenders = {"dense": each(inputs, dense_product)}
         for name, variant in tile_variants(TUNED[tile]).items():
             calls[name] = each(inputs, variant)
-        if tile >= 64:
-            calls["cuda"] = each(inputs, ours_cuda)
+        for cluster in CLUSTERS if tile >= 64 else []:
+            calls["cuda" + "x".join(map(str, cluster))] = each(
+                inputs, lambda p, c=cluster: cuda.forward(p.x, p.weight, p.mask.tensors, None, cluster=c)
+            )
         kind = f"tiles {tile}" if structured else f"bits in tiles {tile}"
         timed(f"{kind}, {zeros:.0%} zeros, B={batch}", calls, rounds=7)
 
@@ -354,6 +357,10 @@ def tune_gradients(rows: list[Row], tile: int) -> None:
         name = "/".join(map(str, block))
         calls[f"gx {name}"] = each(inputs, lambda p, b=block: triton_kernels.grad_input(
             p.grad_y, p.weight, p.mask.tensors, blocks=Blocks(*b)))  # fmt: skip
+    for cluster in [(1, 1), (2, 1), (4, 1)] if tile >= 64 else []:
+        calls["gx cuda" + "x".join(map(str, cluster))] = each(
+            inputs, lambda p, c=cluster: cuda.grad_input(p.grad_y, p.weight, p.mask.tensors, cluster=c)
+        )
     for block in TUNED_SAMPLED[tile]:
         name = "/".join(map(str, block))
         calls[f"gW {name}"] = each(inputs, lambda p, b=block: triton_kernels.grad_weight(

@@ -41,9 +41,15 @@ void pack_mask(const uint8_t* dense, const MaskPointers& mask, const MaskSizes& 
 void few_rows(const ProductPointers& pointers, const MaskPointers& mask, const MaskSizes& sizes, int batch,
               int64_t x_stride, Element element, cudaStream_t stream);
 
-// y on sm_90a for float16 and bfloat16.  R and C are multiples of 64, K is one of 64, no int8 tiles, no input
-// permutation, pointers and rows of x aligned to 16 bytes.
+// Blocks that share what they read; {0, 0} chooses.  At most 8 blocks.
+struct Cluster {
+  int along_batch, along_rows;
+};
+
+// y on sm_90a for float16 and bfloat16, or `transposed` the gradient to x, for which x is the gradient to y.  R and C
+// are multiples of 64, K of 64, no int8 tiles, no permutation of what is read, pointers and rows of x aligned to
+// 16 bytes; transposed also no bits.
 void hopper_tiles(const ProductPointers& pointers, const MaskPointers& mask, const MaskSizes& sizes, int batch,
-                  int64_t x_stride, Element element, cudaStream_t stream);
+                  int64_t x_stride, Element element, bool transposed, Cluster cluster, cudaStream_t stream);
 
 }  // namespace rlnas

@@ -65,9 +65,9 @@ void register_masked_matmul(py::module_& module) {
   module.def(
       "masked_matmul_hopper_tiles",
       [](const Product& product, const Mask& mask, const Sizes& sizes, int batch, int64_t x_stride, int element,
-         uintptr_t stream) {
+         uintptr_t stream, bool transposed, std::array<int, 2> cluster) {
         rlnas::hopper_tiles(product_pointers(product), mask_pointers(mask), mask_sizes(sizes), batch, x_stride,
-                            static_cast<rlnas::Element>(element), stream_of(stream));
+                            static_cast<rlnas::Element>(element), transposed, {cluster[0], cluster[1]}, stream_of(stream));
       },
       "y by wgmma over lists of 64- and 128-tiles.");
 }

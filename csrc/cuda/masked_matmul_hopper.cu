@@ -3,6 +3,10 @@
 // A block makes y^T for kRows features by kBatch samples.  Warp 8 copies 64 in-features at a time of W and x into a
 // ring; two warpgroups multiply.  W is the left operand and passes through registers, where one prmt an operand
 // register turns two mask bits into an AND mask: the mask costs no tensor-core time and 1/16 of the weight's bytes.
+//
+// L2 feeds about 40 bytes a cycle and multiprocessor, less than such blocks read, so blocks form clusters of
+// `along_batch` x `along_rows`: those with the same rows each copy a part of W to all of them, and where every tile of
+// their rows lives, so that all step alike, those with the same samples each copy a part of x to all of them.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -32,6 +36,12 @@ struct Shape {
   static constexpr int kSharedBytes = kStages * kStageBytes + 1024;
 };
 
+// The product's two feature axes, in the words of a reader of the weight by rows; the gradient to x reads by columns.
+struct Axes {
+  int outs, ins, tile_outs, tile_ins, in_tiles;
+  const int32_t *count, *list, *scatter;
+};
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 __device__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
@@ -40,8 +50,17 @@ __device__ void barrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
 }
 
-__device__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+// At the same barrier of another block of the cluster.
+__device__ void barrier_arrive(uint32_t barrier, int block) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
+
+__device__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 __device__ void barrier_expect(uint32_t barrier, int bytes) {
@@ -55,7 +74,16 @@ __device__ void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-__device__ void copy_box(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t barrier) {
+__device__ void copy_box(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t barrier,
+                         uint32_t blocks) {
+  if (blocks != 0) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
+        : "memory");
+    return;
+  }
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
@@ -99,18 +127,29 @@ __device__ uint64_t descriptor(uint32_t address) {
   return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-// The left operand's registers for one step: 16 rows a warp, 64 in-features.
-template <bool kBits>
-__device__ void load_weights(uint32_t (&a)[16], uint32_t tile, int first_row, uint2 bits, uint2 bits_below) {
+// The left operand's registers for one step: 16 out-features a warp, 64 in-features.  Read by columns, the tile is
+// 64 in-features by 64 out-features, once or twice, and ldmatrix transposes.
+template <bool kTransposed, bool kBits>
+__device__ void load_weights(uint32_t (&a)[16], uint32_t tile, int first_out, uint2 bits, uint2 bits_below) {
   const int lane = threadIdx.x % 32;
-  const int row = first_row + lane % 16;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const uint32_t address = tile + row * kRowBytes + ((2 * k + lane / 16) ^ (row % 8)) * 16;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[4 * k]), "=r"(a[4 * k + 1]), "=r"(a[4 * k + 2]), "=r"(a[4 * k + 3])
-                 : "r"(address)
-                 : "memory");
+    uint32_t* const d = a + 4 * k;
+    if constexpr (kTransposed) {
+      const int row = 16 * k + lane / 16 * 8 + lane % 8, piece = first_out % 64 / 8 + lane / 8 % 2;
+      const uint32_t address = tile + (first_out / 64 * kStep + row) * kRowBytes + (piece ^ (row % 8)) * 16;
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                   : "r"(address)
+                   : "memory");
+    } else {
+      const int row = first_out + lane % 16;
+      const uint32_t address = tile + row * kRowBytes + ((2 * k + lane / 16) ^ (row % 8)) * 16;
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                   : "r"(address)
+                   : "memory");
+    }
   }
   if constexpr (kBits) {
     // Shifted so that this thread's columns 8 m + 2 t and 8 m + 2 t + 1 are the signs of byte m; prmt spreads signs.
@@ -144,10 +183,11 @@ __device__ uint32_t pack(float low, float high) {
 
 #endif
 
-template <typename T, int kRows, bool kBits>
+template <typename T, int kRows, bool kTransposed, bool kBits>
 __global__ void __launch_bounds__(kThreads, 1)
     tile_kernel(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap input_map,
-                ProductPointers p, MaskPointers mask, MaskSizes sizes, int batch) {
+                ProductPointers p, const uint32_t* __restrict__ bits, int words, Axes axes, int batch, int along_batch,
+                int along_rows) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Shape<kRows>;
   extern __shared__ uint8_t unaligned[];
@@ -157,31 +197,61 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t full = shared_address(barriers), empty = full + 8 * S::kStages;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first_row = blockIdx.y * kRows, first_sample = blockIdx.x * S::kBatch;
-  const int row_tile = first_row / sizes.tile_rows;
-  const int32_t* tiles = mask.row_list + static_cast<int64_t>(row_tile) * sizes.column_tiles;
-  const int parts = sizes.tile_columns / kStep;
-  const int steps = mask.row_count[2 * row_tile] * parts;
+  const int row_tile = first_row / axes.tile_outs;
+  const int32_t* tiles = axes.list + static_cast<int64_t>(row_tile) * axes.in_tiles;
+  const int parts = axes.tile_ins / kStep;
+  const int steps = first_row < axes.outs ? axes.count[2 * row_tile] * parts : 0;
+
+  const int block_batch = blockIdx.x % along_batch, block_row = blockIdx.y % along_rows;
+  bool share_x = along_rows > 1;
+  for (int other = 0; other < along_rows && share_x; ++other) {
+    const int row = (blockIdx.y - block_row + other) * kRows;
+    share_x = row < axes.outs && axes.count[2 * (row / axes.tile_outs)] == axes.in_tiles;
+  }
+  const int blocks = along_batch * along_rows;
+  // Those that share a stage with this block: a barrier counts their warps before the stage is written again.
+  const uint32_t same_rows = ((1u << along_batch) - 1) << (block_row * along_batch);
+  const uint32_t partners = share_x ? (1u << blocks) - 1 : same_rows;
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, kConsumers / 32);
+      barrier_init(empty + 8 * stage, __popc(partners) * kConsumers / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  __syncthreads();
+  cluster_sync();
 
   if (warp == kConsumers / 32) {
-    if (lane != 0) return;
-    for (int step = 0; step < steps; ++step) {
-      const int stage = step % S::kStages;
-      if (step >= S::kStages) barrier_wait(empty + 8 * stage, (step / S::kStages - 1) & 1);
-      const int column = __ldg(tiles + step / parts) * sizes.tile_columns + step % parts * kStep;
-      const uint32_t target = ring + stage * S::kStageBytes;
-      barrier_expect(full + 8 * stage, S::kStageBytes);
-      copy_box(target, &weight_map, column, first_row, full + 8 * stage);
-      copy_box(target + S::kWeightBytes, &input_map, column, first_sample, full + 8 * stage);
+    if (lane == 0) {
+      uint32_t same_samples = 0;
+      for (int other = 0; other < along_rows; ++other) same_samples |= 1u << (other * along_batch + block_batch);
+      const int part_rows = (kTransposed ? kStep : kRows) / along_batch, part_samples = S::kBatch / along_rows;
+      for (int step = 0; step < steps; ++step) {
+        const int stage = step % S::kStages;
+        if (step >= S::kStages) barrier_wait(empty + 8 * stage, (step / S::kStages - 1) & 1);
+        const int column = __ldg(tiles + step / parts) * axes.tile_ins + step % parts * kStep;
+        const uint32_t target = ring + stage * S::kStageBytes, inputs = target + S::kWeightBytes;
+        const uint32_t barrier = full + 8 * stage;
+        barrier_expect(barrier, S::kStageBytes);
+        const int first_part = block_batch * part_rows;
+        const uint32_t readers = along_batch > 1 ? same_rows : 0;
+        if constexpr (kTransposed) {
+          for (int half = 0; half < kRows / 64; ++half) {
+            copy_box(target + (half * kStep + first_part) * kRowBytes, &weight_map, first_row + half * 64,
+                     column + first_part, barrier, readers);
+          }
+        } else {
+          copy_box(target + first_part * kRowBytes, &weight_map, column, first_row + first_part, barrier, readers);
+        }
+        for (int part = share_x ? block_row : 0; part < (share_x ? block_row + 1 : along_rows); ++part) {
+          copy_box(inputs + part * part_samples * kRowBytes, &input_map, column, first_sample + part * part_samples,
+                   barrier, share_x ? same_samples : 0);
+        }
+      }
     }
+    __syncwarp();
+    cluster_sync();  // no block ends while another may still write to it
     return;
   }
 
@@ -189,16 +259,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   // With 128 rows the warpgroups share the samples, with 64 they share the rows.
   const int group_row = kRows == 128 ? group * 64 : 0, group_sample = kRows == 128 ? 0 : group * 128;
   const int warp_row = group_row + warp % 4 * 16;
-  const int upper_row = min(first_row + warp_row + lane / 4, sizes.rows - 1);
-  const int lower_row = min(upper_row + 8, sizes.rows - 1);
+  const int upper_row = min(first_row + warp_row + lane / 4, axes.outs - 1);
+  const int lower_row = min(upper_row + 8, axes.outs - 1);
   auto read_bits = [&](int step, uint2& upper, uint2& lower) {
     upper = lower = make_uint2(0, 0);
     if (step >= steps) return;
-    const int column = __ldg(tiles + step / parts) * sizes.tile_columns + step % parts * kStep;
-    if (column >= sizes.columns) return;
-    const uint32_t* words = mask.bits + column / 32;
-    upper = *reinterpret_cast<const uint2*>(words + upper_row * static_cast<int64_t>(sizes.words));
-    lower = *reinterpret_cast<const uint2*>(words + lower_row * static_cast<int64_t>(sizes.words));
+    const int column = __ldg(tiles + step / parts) * axes.tile_ins + step % parts * kStep;
+    if (column >= axes.ins) return;
+    upper = *reinterpret_cast<const uint2*>(bits + upper_row * static_cast<int64_t>(words) + column / 32);
+    lower = *reinterpret_cast<const uint2*>(bits + lower_row * static_cast<int64_t>(words) + column / 32);
   };
 
   float d[64];
@@ -212,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if (steps > 0) {
     barrier_wait(full, 0);
-    load_weights<kBits>(a, ring, warp_row, upper, lower);
+    load_weights<kTransposed, kBits>(a, ring, warp_row, upper, lower);
   }
   for (int step = 0; step < steps; ++step) {
     const int stage = step % S::kStages;
@@ -227,10 +296,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       lower = next_lower;
       if constexpr (kBits) read_bits(step + 2, next_upper, next_lower);
       barrier_wait(full + 8 * next_stage, (step + 1) / S::kStages & 1);
-      load_weights<kBits>(next, ring + next_stage * S::kStageBytes, warp_row, upper, lower);
+      load_weights<kTransposed, kBits>(next, ring + next_stage * S::kStageBytes, warp_row, upper, lower);
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    if (partners >> lane & 1) barrier_arrive(empty + 8 * stage, lane);
 #pragma unroll
     for (int i = 0; i < 16; ++i) a[i] = next[i];
   }
@@ -239,8 +308,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
   T* const result = reinterpret_cast<T*>(shared);
   if (p.bias) {
-    const int up = mask.output_permutation ? mask.output_permutation[upper_row] : upper_row;
-    const int low = mask.output_permutation ? mask.output_permutation[lower_row] : lower_row;
+    const int up = axes.scatter ? axes.scatter[upper_row] : upper_row;
+    const int low = axes.scatter ? axes.scatter[lower_row] : lower_row;
     const float add_up = static_cast<float>(static_cast<const T*>(p.bias)[up]);
     const float add_low = static_cast<float>(static_cast<const T*>(p.bias)[low]);
 #pragma unroll
@@ -262,22 +331,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
   T* const y = static_cast<T*>(p.y);
-  if (sizes.rows % 8 == 0 && mask.output_permutation == nullptr) {
+  if (axes.outs % 8 == 0 && axes.scatter == nullptr) {
     constexpr int kPieces = kRows / 8;
     for (int item = threadIdx.x; item < S::kBatch * kPieces; item += kConsumers) {
       const int sample = item / kPieces, feature = item % kPieces * 8;
-      if (first_sample + sample >= batch || first_row + feature >= sizes.rows) continue;
-      *reinterpret_cast<uint4*>(y + (first_sample + sample) * static_cast<int64_t>(sizes.rows) + first_row + feature) =
+      if (first_sample + sample >= batch || first_row + feature >= axes.outs) continue;
+      *reinterpret_cast<uint4*>(y + (first_sample + sample) * static_cast<int64_t>(axes.outs) + first_row + feature) =
           *reinterpret_cast<const uint4*>(result + sample * S::kPitch + feature);
     }
   } else {
     for (int item = threadIdx.x; item < S::kBatch * kRows; item += kConsumers) {
       const int sample = item / kRows, row = first_row + item % kRows;
-      if (first_sample + sample >= batch || row >= sizes.rows) continue;
-      const int feature = mask.output_permutation ? mask.output_permutation[row] : row;
-      y[(first_sample + sample) * static_cast<int64_t>(sizes.rows) + feature] = result[sample * S::kPitch + item % kRows];
+      if (first_sample + sample >= batch || row >= axes.outs) continue;
+      const int feature = axes.scatter ? axes.scatter[row] : row;
+      y[(first_sample + sample) * static_cast<int64_t>(axes.outs) + feature] = result[sample * S::kPitch + item % kRows];
     }
   }
+  cluster_sync();
 #endif
 }
 
@@ -309,39 +379,56 @@ CUtensorMap matrix_map(const void* data, int64_t rows, int64_t columns, int64_t 
   return map;
 }
 
-template <typename T, int kRows, bool kBits>
+template <typename T, int kRows, bool kTransposed, bool kBits>
 void launch(const ProductPointers& p, const MaskPointers& mask, const MaskSizes& sizes, int batch, int64_t x_stride,
-            Element element, cudaStream_t stream) {
+            Element element, Cluster cluster, cudaStream_t stream) {
   using S = Shape<kRows>;
-  const CUtensorMap weight = matrix_map(p.weight, sizes.rows, sizes.columns, sizes.columns, kRows, element);
-  const CUtensorMap input = matrix_map(p.x, batch, sizes.columns, x_stride, S::kBatch, element);
-  const auto kernel = tile_kernel<T, kRows, kBits>;
+  const Axes axes = kTransposed ? Axes{sizes.columns, sizes.rows, sizes.tile_columns, sizes.tile_rows, sizes.row_tiles,
+                                       mask.column_count, mask.column_list, mask.input_permutation}
+                                : Axes{sizes.rows, sizes.columns, sizes.tile_rows, sizes.tile_columns, sizes.column_tiles,
+                                       mask.row_count, mask.row_list, mask.output_permutation};
+  const int blocks_x = (batch + S::kBatch - 1) / S::kBatch, blocks_y = (axes.outs + kRows - 1) / kRows;
+  if (cluster.along_batch == 0) cluster = {blocks_x >= 4 ? 4 : blocks_x >= 2 ? 2 : 1, kBits ? 2 : 1};
+  const int width = cluster.along_batch, height = cluster.along_rows;
+  const CUtensorMap weight = matrix_map(p.weight, sizes.rows, sizes.columns, sizes.columns,
+                                        (kTransposed ? kStep : kRows) / width, element);
+  const CUtensorMap input = matrix_map(p.x, batch, axes.ins, x_stride, S::kBatch / height, element);
+  const auto kernel = tile_kernel<T, kRows, kTransposed, kBits>;
   static const cudaError_t room =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   cudaError_t status = room;
   if (status == cudaSuccess) {
-    const dim3 grid((batch + S::kBatch - 1) / S::kBatch, (sizes.rows + kRows - 1) / kRows);
-    kernel<<<grid, kThreads, S::kSharedBytes, stream>>>(weight, input, p, mask, sizes, batch);
-    status = cudaGetLastError();
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(width), static_cast<unsigned>(height), 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3((blocks_x + width - 1) / width * width, (blocks_y + height - 1) / height * height);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = S::kSharedBytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    status = cudaLaunchKernelEx(&config, kernel, weight, input, p, mask.bits, sizes.words, axes, batch, width, height);
   }
   if (status != cudaSuccess) throw std::runtime_error(std::string("masked_matmul: ") + cudaGetErrorString(status));
 }
 
 template <typename T>
 void choose(const ProductPointers& p, const MaskPointers& mask, const MaskSizes& sizes, int batch, int64_t x_stride,
-            Element element, cudaStream_t stream) {
-  const bool wide = sizes.tile_rows % 128 == 0;
-  const auto chosen = wide ? (mask.bits ? launch<T, 128, true> : launch<T, 128, false>)
-                           : (mask.bits ? launch<T, 64, true> : launch<T, 64, false>);
-  chosen(p, mask, sizes, batch, x_stride, element, stream);
+            Element element, bool transposed, Cluster cluster, cudaStream_t stream) {
+  const bool wide = (transposed ? sizes.tile_columns : sizes.tile_rows) % 128 == 0;
+  const auto by_rows = wide ? (mask.bits ? launch<T, 128, false, true> : launch<T, 128, false, false>)
+                            : (mask.bits ? launch<T, 64, false, true> : launch<T, 64, false, false>);
+  const auto by_columns = wide ? launch<T, 128, true, false> : launch<T, 64, true, false>;
+  (transposed ? by_columns : by_rows)(p, mask, sizes, batch, x_stride, element, cluster, stream);
 }
 
 }  // namespace
 
 void hopper_tiles(const ProductPointers& pointers, const MaskPointers& mask, const MaskSizes& sizes, int batch,
-                  int64_t x_stride, Element element, cudaStream_t stream) {
+                  int64_t x_stride, Element element, bool transposed, Cluster cluster, cudaStream_t stream) {
   const auto chosen = element == Element::kFloat16 ? choose<__half> : choose<__nv_bfloat16>;
-  chosen(pointers, mask, sizes, batch, x_stride, element, stream);
+  chosen(pointers, mask, sizes, batch, x_stride, element, transposed, cluster, stream);
 }
 
 }  // namespace rlnas

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import masked_matmul_gpu_cases as cases
-from triton_compile import compile_launch
+from triton_compile import assembler_report, compile_launch
 
 from rlnas_fast.ops.masked_matmul import cuda, triton_kernels
 from rlnas_fast.ops.masked_matmul.tile_mask import TileTensors
@@ -73,6 +75,21 @@ def test_sampled_product_compiles_for_sm90(tile: int, kind: str) -> None:
     assert compiled.wgmma or tile < 64
 
 
+@pytest.mark.parametrize(("source", "wgmma"), [("masked_matmul", False), ("masked_matmul_hopper", True)])
+def test_cuda_source_compiles_for_sm90a(source: str, wgmma: bool, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    root, ptx = HERE.parents[1], tmp_path / "kernels.ptx"
+    common = [nvcc, "-std=c++17", "-O3", f"-I{root / 'csrc'}", str(root / "csrc" / "cuda" / f"{source}.cu")]
+    subprocess.run([*common, "-arch=compute_90a", "-ptx", "-o", str(ptx)], check=True, timeout=300)
+    report = assembler_report(ptx.read_text())
+    spilled = [int(number) for number in re.findall(r"(\d+) bytes spill", report)]
+    assert spilled
+    assert not any(spilled), report
+    assert ("wgmma.mma_async" in ptx.read_text()) == wgmma
+
+
 CASES = [  # batch, shape, tile, density of tiles, of bits within, int8, permuted
     (1, (64, 64), (16, 16), 0.5, None, False, "nothing"),
     (65, (160, 96), (32, 32), 0.5, None, True, "nothing"),
@@ -95,6 +112,7 @@ def make(case: tuple, dtype: torch.dtype, device: str = "cuda"):
     mask = cases.tile_tensors(state, kept, (N, K), tile)
     mask = mask if permute == "nothing" else cases.permuted(mask, 1)
     mask = mask._replace(input_permutation=None) if permute == "outputs" else mask
+    mask = mask._replace(output_permutation=None) if permute == "inputs" else mask
     x, weight, bias, grad_y = (
         torch.randn(shape).to(dtype) for shape in ((batch, K), (N, K), (N,), (batch, N))
     )
@@ -164,6 +182,9 @@ CUDA_CASES = [
     (513, (200, 448), (192, 128), 0.5, 0.9, False),
     (512, (512, 1024), (128, 64), 1.0, 0.5, False),
     (9, (1024, 2048), (128, 128), 0.9, None, False),
+    (300, (448, 1344), (64, 128), 0.6, None, False),
+    (520, (640, 576), (128, 64), 0.6, None, False),
+    (1000, (512, 512), (128, 128), 1.0, 0.5, False),
 ]
 
 

@@ -9,7 +9,15 @@ from rlnas_fast.ops import native
 from rlnas_fast.ops.masked_matmul.tile_mask import TileTensors
 from rlnas_fast.ops.triton_launch import current_stream
 
-__all__ = ["forward", "forward_refusal", "pack_mask", "unavailable_reason", "update_lists"]
+__all__ = [
+    "forward",
+    "forward_refusal",
+    "grad_input",
+    "grad_input_refusal",
+    "pack_mask",
+    "unavailable_reason",
+    "update_lists",
+]
 
 MAX_FEW_ROWS = 8
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -26,8 +34,13 @@ def forward(
     mask: TileTensors,
     bias: torch.Tensor | None,
     int8_activations: bool = False,
+    *,
+    cluster: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
     """Computes y = x (W o M)^T + b; the dispatch contract in ``op`` gives shapes.
+
+    ``cluster`` says how many blocks along the batch and along the weight's rows share what they read, for
+    measurements; by default it is chosen by shape.
 
     Raises:
         KernelUnavailable: these kernels do not cover the case (see ``forward_refusal``).
@@ -40,14 +53,10 @@ def forward(
     y = x.new_empty((x.shape[0], mask.shape[0]))
     if y.numel() == 0:
         return y
-    module = native.cuda()
-    launch = (
-        module.masked_matmul_few_rows if x.shape[0] <= MAX_FEW_ROWS else module.masked_matmul_hopper_tiles
-    )
-    launch(
-        (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()),
-        _pointers(mask), (*mask.shape, *mask.tile), x.shape[0], x.stride(0), ELEMENTS[x.dtype], _stream(x),
-    )  # fmt: skip
+    if x.shape[0] > MAX_FEW_ROWS:
+        _tiles(x, weight, mask, bias, y, False, cluster)
+    else:
+        native.cuda().masked_matmul_few_rows(*_arguments(x, weight, mask, bias, y))
     return y
 
 
@@ -55,26 +64,86 @@ def forward_refusal(
     x: torch.Tensor, weight: torch.Tensor, mask: TileTensors, int8_activations: bool = False
 ) -> str | None:
     """Returns why ``forward`` does not cover a case, or None; looks at shapes only, never at data."""
-    vector = 16 // x.element_size()
-    (batch, K), columns = x.shape, mask.tile[1]
     if mask.input_permutation is not None:
         return "the mask permutes inputs"
-    if K == 0 or K % vector or columns % vector or x.stride(0) % vector:
-        return f"rows of {K} in tiles of {columns} are not whole 16-byte vectors"
-    if x.data_ptr() % 16 or weight.data_ptr() % 16:
-        return "x or weight does not start at a multiple of 16 bytes"
-    if batch <= MAX_FEW_ROWS:
-        if mask.tile[0] % 4:
-            return f"tiles have {mask.tile[0]} rows, not a multiple of 4"
-        return "int8 activations" if int8_activations and mask.payload is not None else None
-    if x.dtype is torch.float32:
-        return "float32 with more than 8 rows of x"
+    if x.shape[0] > MAX_FEW_ROWS:
+        return _tiles_refusal(x, weight, mask)
+    vector = 16 // x.element_size()
+    K, (rows, columns) = x.shape[1], mask.tile
+    if K == 0 or K % vector or columns % vector or rows % 4:
+        return f"tiles of {mask.tile} in rows of {K} are not whole 16-byte vectors of 4 rows"
+    if int8_activations and mask.payload is not None:
+        return "int8 activations"
+    return _alignment_refusal(x, weight)
+
+
+def grad_input(
+    grad_y: torch.Tensor, weight: torch.Tensor, mask: TileTensors, *, cluster: tuple[int, int] = (0, 0)
+) -> torch.Tensor:
+    """Computes gx = gy (W o M) over the column lists.
+
+    Raises:
+        KernelUnavailable: this kernel does not cover the case (see ``grad_input_refusal``).
+    """
+    refusal = grad_input_refusal(grad_y, weight, mask)
+    if refusal is not None:
+        raise KernelUnavailable(f"no CUDA C++ kernel for this gradient: {refusal}; use backend='triton'")
+    grad_x = grad_y.new_empty((grad_y.shape[0], mask.shape[1]))
+    if grad_x.numel() > 0:
+        _tiles(grad_y, weight, mask, None, grad_x, True, cluster)
+    return grad_x
+
+
+def grad_input_refusal(grad_y: torch.Tensor, weight: torch.Tensor, mask: TileTensors) -> str | None:
+    """Returns why ``grad_input`` does not cover a case, or None; looks at shapes only, never at data."""
+    if mask.output_permutation is not None:
+        return "the mask permutes outputs"
+    if mask.bits is not None:
+        return "single weights are masked"
+    return _tiles_refusal(grad_y, weight, mask)
+
+
+def _tiles(
+    source: torch.Tensor,
+    weight: torch.Tensor,
+    mask: TileTensors,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    transposed: bool,
+    cluster: tuple[int, int],
+) -> None:
+    native.cuda().masked_matmul_hopper_tiles(
+        *_arguments(source, weight, mask, bias, out), transposed, cluster
+    )
+
+
+def _arguments(
+    source: torch.Tensor,
+    weight: torch.Tensor,
+    mask: TileTensors,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> tuple[object, ...]:
+    pointers = (source.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
+    sizes, element = (*mask.shape, *mask.tile), ELEMENTS[source.dtype]
+    return pointers, _pointers(mask), sizes, source.shape[0], source.stride(0), element, _stream(source)
+
+
+def _tiles_refusal(source: torch.Tensor, weight: torch.Tensor, mask: TileTensors) -> str | None:
+    if source.dtype is torch.float32:
+        return "float32 with more than 8 rows"
     if mask.payload is not None:
-        return "int8 tiles with more than 8 rows of x"
-    if K % 64 or mask.tile[0] % 64 or columns % 64:
-        return f"tiles of {mask.tile} in rows of {K} are not multiples of 64"
-    if torch.cuda.get_device_capability(x.device) != (9, 0):
-        return "more than 8 rows of x need compute capability 9.0"
+        return "int8 tiles with more than 8 rows"
+    if weight.numel() == 0 or any(size % 64 for size in (mask.shape[1], *mask.tile)):
+        return f"a weight of {mask.shape} in tiles of {mask.tile} is not cut at multiples of 64"
+    if torch.cuda.get_device_capability(source.device) != (9, 0):
+        return "more than 8 rows need compute capability 9.0"
+    return _alignment_refusal(source, weight)
+
+
+def _alignment_refusal(source: torch.Tensor, weight: torch.Tensor) -> str | None:
+    if source.data_ptr() % 16 or weight.data_ptr() % 16 or source.stride(0) * source.element_size() % 16:
+        return "rows of x, or the weight, do not start at multiples of 16 bytes"
     return None
 
 

@@ -10,7 +10,7 @@ import torch
 from rlnas_fast.errors import ConfigError, KernelUnavailable
 from rlnas_fast.ops.masked_matmul.tile_mask import TileTensors
 
-__all__ = ["BACKENDS", "check_backend", "gpu_backend", "gpu_forward"]
+__all__ = ["BACKENDS", "check_backend", "gpu_backend", "gpu_product"]
 
 CPU_KERNELS = ("dense", "tiles", "rows", "direct")
 GPU_BACKENDS = ("triton", "cuda")
@@ -54,15 +54,16 @@ def gpu_backend(function: str, backend: str = "auto") -> ModuleType:
     raise KernelUnavailable(f"no GPU kernel for masked_matmul {function} ({'; '.join(reasons)})")
 
 
-def gpu_forward(
-    x: torch.Tensor, weight: torch.Tensor, mask: TileTensors, int8_activations: bool, backend: str
+def gpu_product(
+    function: str, x: torch.Tensor, weight: torch.Tensor, mask: TileTensors, backend: str, *options: bool
 ) -> ModuleType:
-    """Returns the GPU module whose forward product serves a case: CUDA C++ where it covers it, else Triton."""
+    """Returns the GPU module for ``forward`` or ``grad_input``: CUDA C++ where it covers a case, else Triton."""
     if backend == "auto":
         cuda = _module("cuda")
-        if cuda.unavailable_reason() is None and cuda.forward_refusal(x, weight, mask, int8_activations) is None:
+        refuses = getattr(cuda, f"{function}_refusal")
+        if cuda.unavailable_reason() is None and refuses(x, weight, mask, *options) is None:
             return cuda
-    return gpu_backend("forward", backend)
+    return gpu_backend(function, backend)
 
 
 def _module(backend: str) -> ModuleType:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from rlnas_fast.errors import ConfigError, ShapeError
 from rlnas_fast.ops.masked_matmul import cpu
-from rlnas_fast.ops.masked_matmul.dispatch import check_backend, gpu_backend, gpu_forward
+from rlnas_fast.ops.masked_matmul.dispatch import check_backend, gpu_backend, gpu_product
 from rlnas_fast.ops.masked_matmul.reference import effective_weight, masked_matmul_reference
 from rlnas_fast.ops.masked_matmul.tile_mask import TileMask, TileTensors
 
@@ -172,7 +172,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
     if backend == "dense":
         return _gpu_dense(x, weight, mask, bias)
     x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
-    module = gpu_forward(x, weight, mask, int8_activations, backend)
+    module = gpu_product("forward", x, weight, mask, backend, int8_activations)
     y: torch.Tensor = module.forward(x, weight, mask, bias, int8_activations)
     return y
 
@@ -186,9 +186,9 @@ def _grad_input(grad_y: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch
         return _scattered(grad_y @ effective_weight(weight, mask), mask.input_permutation)
     if grad_y.device.type == "cpu":
         return cpu.grad_input(grad_y, weight, mask, backend)
-    grad_x: torch.Tensor = gpu_backend("grad_input", backend).grad_input(
-        grad_y.contiguous(), weight.contiguous(), mask
-    )
+    grad_y, weight = grad_y.contiguous(), weight.contiguous()
+    module = gpu_product("grad_input", grad_y, weight, mask, backend)
+    grad_x: torch.Tensor = module.grad_input(grad_y, weight, mask)
     return grad_x
 
 
