@@ -47,6 +47,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "strategy": {
         "random": "rlnas_fast.strategies.random:RandomSearch",
         "reinforce": "rlnas_fast.strategies.reinforce:Reinforce",
+        "ppo": "rlnas_fast.strategies.ppo:PPO",
         "evolution": "rlnas_fast.strategies.evolution:Evolution",
         "local-search": "rlnas_fast.strategies.local_search:LocalSearch",
         "model-based": "rlnas_fast.strategies.model_based:ModelBased",
@@ -242,7 +243,7 @@ def make(kind: str, component: Component, *arguments: Any, **fixed: Any) -> Any:
 
 def find(kind: str, name: str) -> Any:
     """What ``name`` stands for: a line of ``COMPONENTS``, or ``module:attribute`` of the user's."""
-    known = COMPONENTS[kind]
+    known = COMPONENTS.get(kind, {})
     if name not in known and ":" not in name:
         raise unknown_name(kind, name, known)
     module_name, _, attribute = known.get(name, name).partition(":")

@@ -144,7 +144,7 @@ def load_child(folder: str | Path, *, space: Any = None) -> Any:
         space: the object that was given to ``run`` in place of a named space.
     """
     folder = Path(folder)
-    best = _read_best(folder)
+    best = read_best(folder)
     spec = search.TaskSpec(
         tuple(best["task_spec"]["input_shape"]), best["task_spec"]["outputs"], best["task_spec"]["kind"]
     )
@@ -162,6 +162,17 @@ def load_child(folder: str | Path, *, space: Any = None) -> Any:
     module = space.build(search.Architecture(best["space"], tuple(best["choices"])), spec)
     module.load_state_dict(load_file(weights))
     return module.eval()
+
+
+def read_best(folder: Path) -> dict[str, Any]:
+    """The winner of a finished run, as in ``best.json``."""
+    try:
+        best: dict[str, Any] = json.loads((folder / "best.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{folder} has no winner to load ({error}); finish it with `rlnas resume {folder}`"
+        ) from error
+    return best
 
 
 def versions() -> dict[str, str]:
@@ -355,16 +366,6 @@ def _new_folder(out: Path | None, config: SearchConfig) -> Path:
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from error
     return folder
-
-
-def _read_best(folder: Path) -> dict[str, Any]:
-    try:
-        best: dict[str, Any] = json.loads((folder / "best.json").read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{folder} has no winner to load ({error}); finish it with `rlnas resume {folder}`"
-        ) from error
-    return best
 
 
 def _save_config(config: SearchConfig, folder: Path) -> None:

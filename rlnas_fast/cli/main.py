@@ -150,6 +150,29 @@ def show(folder: RunFolder, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def measure(
+    network: Annotated[str, typer.Argument(help="A run folder, or module:attribute that makes a module.")],
+    shape: Annotated[str | None, typer.Option(help="Of one sample, e.g. 3,32,32.")] = None,
+    batch: Annotated[int, typer.Option(help="Samples in one pass.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda:0, ... or auto.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a network costs here: latency, throughput, energy, memory, FLOPs."""
+    from .measure import measure_network
+
+    sizes = _integers("--shape", shape)
+    measure_network(
+        network,
+        shape=tuple(sizes) if sizes else None,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what is usable on this machine, and why not."""
     from .doctor import diagnose, print_diagnosis

@@ -1,0 +1,91 @@
+"""What a network costs on this machine, for a terminal or as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..compose import find, resolve_device
+from ..errors import ConfigError
+from ..hardware.measure import Latency, ModuleCost, measure_module
+from ..runs import load_child, read_best
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def measure_network(
+    network: str, *, shape: tuple[int, ...] | None, batch: int, dtype: str, device: str, as_json: bool
+) -> None:
+    """Measures the winner of a run folder, or the module that ``module:attribute`` makes."""
+    import torch
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    if batch < 1:
+        raise ConfigError(f"batch = {batch}: give at least 1")
+    module, own_shape = _load(network)
+    shape = shape or own_shape
+    if shape is None:
+        raise ConfigError(f"{network} does not say what it takes: give --shape, e.g. --shape 3,32,32")
+    kind = getattr(torch, dtype)
+    where = resolve_device(device)
+    cost = measure_module(module.to(kind), torch.randn(batch, *shape).to(kind), where)
+    if as_json:
+        print(json.dumps(asdict(cost), indent=2))
+    else:
+        _print(cost)
+
+
+def _load(network: str) -> tuple[nn.Module, tuple[int, ...] | None]:
+    if Path(network).is_dir() or ":" not in network:
+        return load_child(network), tuple(read_best(Path(network))["task_spec"]["input_shape"])
+    from torch import nn
+
+    made: Any = find("network", network)
+    try:
+        module = made if isinstance(made, nn.Module) else made()
+    except TypeError as error:
+        raise ConfigError(f"{network} cannot be called without arguments: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{network} makes a {type(module).__name__}, not a torch.nn.Module")
+    return module, None
+
+
+def _print(cost: ModuleCost) -> None:
+    table = Table(
+        "", "measured", "", title=f"{cost.device.get('name', '')}, batch {cost.batch}, {cost.dtype}"
+    )
+    table.columns[1].justify = "right"
+    for name, latency in (("latency, eager", cost.eager), ("latency, replayed graph", cost.graph)):
+        if latency is not None:
+            table.add_row(name, f"{latency.median_s * 1e3:.4f} ms", _spread(latency))
+    table.add_row("throughput", f"{cost.throughput_per_s:,.0f} /s", "samples")
+    if cost.energy_j is not None:
+        table.add_row("energy", f"{cost.energy_j * 1e3:.4f} mJ", "a sample, above idle")
+    if cost.power_w is not None and cost.idle_power_w is not None:
+        table.add_row("power", f"{cost.power_w:.1f} W", f"idle {cost.idle_power_w:.1f} W")
+    if cost.peak_memory_bytes is not None:
+        table.add_row("peak memory", f"{cost.peak_memory_bytes / 2**20:.2f} MiB", "")
+    if cost.clock_mhz is not None:
+        table.add_row("clock", f"{cost.clock_mhz} MHz", "")
+    table.add_row("FLOPs", f"{cost.flops:,}", "a sample; a multiply-add is two")
+    table.add_row("parameters", f"{cost.parameters:,}", "")
+    console = Console()
+    console.print(table)
+    for name, reason in cost.unknown.items():
+        console.print(f"unknown: {name.removesuffix('_j')}: {reason}", highlight=False, markup=False)
+    for caveat in cost.caveats:
+        console.print(f"caveat: {caveat}", highlight=False, markup=False)
+
+
+def _spread(latency: Latency) -> str:
+    low, high = (bound * 1e3 for bound in latency.interval_s)
+    return f"95 % {low:.4f} to {high:.4f}; p10 {latency.p10_s * 1e3:.4f}, p90 {latency.p90_s * 1e3:.4f}"
