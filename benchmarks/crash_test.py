@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,19 +67,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     kills = 5 if options.quick else options.kills
-    trials = TRIALS_A_KILL * (kills + 1)
-    with tempfile.TemporaryDirectory(prefix="rlnas-crash-") as folder:
-        alone, killed = Path(folder) / "alone", Path(folder) / "killed"
-        started = time.monotonic()
-        subprocess.run(
-            _search(alone, trials), check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent
-        )
-        expected = _trials(alone)
-        print(f"undisturbed: {len(expected)} trials in {time.monotonic() - started:.1f} s")
-        problems = _kill_and_resume(killed, trials, kills, random.Random(options.seed), expected)
-        problems += _differences(_trials(killed), expected, finished=True)
-        if not (killed / "summary.json").is_file():
-            problems.append("the resumed run did not finish: it has no summary.json")
+    problems, trials = problems_after(kills, options.seed)
     for problem in problems:
         print(f"WRONG: {problem}")
     if not problems:
@@ -87,9 +75,32 @@ def main() -> int:
     return 1 if problems else 0
 
 
+def equal_share(kills: int, seed: int = 0) -> float:
+    """1 if a search that is killed ``kills`` times ends as one that is left alone, else less."""
+    problems, trials = problems_after(kills, seed, say=lambda text: None)
+    return max(0.0, 1.0 - len(problems) / trials)
+
+
+def problems_after(kills: int, seed: int, say: Callable[[str], None] = print) -> tuple[list[str], int]:
+    """(everything that is wrong with a search that is killed ``kills`` times, how many trials it has)."""
+    trials = TRIALS_A_KILL * (kills + 1)
+    with tempfile.TemporaryDirectory(prefix="rlnas-crash-") as folder:
+        alone, killed = Path(folder) / "alone", Path(folder) / "killed"
+        started = time.monotonic()
+        _run_to_its_end(_search(alone, trials))
+        expected = _trials(alone)
+        say(f"undisturbed: {len(expected)} trials in {time.monotonic() - started:.1f} s")
+        problems, where = _kill_and_resume(killed, trials, kills, random.Random(seed), expected)
+        say(f"{kills} kills of a process: {', '.join(f'{n} {moment}' for moment, n in where.items())}")
+        problems += _differences(_trials(killed), expected, finished=True)
+        if not (killed / "summary.json").is_file():
+            problems.append("the resumed run did not finish: it has no summary.json")
+    return problems, trials
+
+
 def _kill_and_resume(
     folder: Path, trials: int, kills: int, moments: random.Random, expected: Sequence[Trial]
-) -> list[str]:
+) -> tuple[list[str], Counter[str]]:
     problems: list[str] = []
     where: Counter[str] = Counter()
     for kill in range(kills):
@@ -113,11 +124,12 @@ def _kill_and_resume(
         now = _trials(folder)
         where["before the first new trial" if len(now) == before else "after it"] += 1
         problems += [f"after kill {kill + 1}: {text}" for text in _differences(now, expected, finished=False)]
-    print(f"{kills} kills: {', '.join(f'{count} {moment}' for moment, count in where.items())} of a process")
-    subprocess.run(
-        _next_command(folder, trials), check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent
-    )
-    return problems
+    _run_to_its_end(_next_command(folder, trials))
+    return problems, where
+
+
+def _run_to_its_end(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
 
 
 def _next_command(folder: Path, trials: int) -> list[str]:
