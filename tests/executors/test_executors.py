@@ -98,9 +98,9 @@ def test_a_worker_that_dies_between_runs_is_replaced() -> None:
 
 
 def test_a_worker_that_hangs_is_a_failed_trial() -> None:
-    with ProcessPool(1, timeout_seconds=0.5) as pool:
+    with ProcessPool(1, timeout_seconds=1.5) as pool:
         results = in_order(pool.run(evaluators.Hanging(), requests(3)))
-    assert results[1] == Measurement(failure="over time: no answer after 0.5 s", transient=True)
+    assert results[1] == Measurement(failure="over time: no answer after 1.5 s", transient=True)
     assert [results[0], results[2]] == [expected(3)[0], expected(3)[2]]
 
 
