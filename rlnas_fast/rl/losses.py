@@ -22,3 +22,32 @@ def reinforce_loss(
     """
     gain = advantages.detach() * log_probs.sum(dim=1) + entropy_weight * entropies.sum(dim=1)
     return -gain.mean()
+
+
+def clipped_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, present: Tensor, *, clip: float
+) -> Tensor:
+    """PPO's pessimistic surrogate, mean over the decisions that were made.
+
+    -min(ratio x advantage, clip(ratio, 1 - clip, 1 + clip) x advantage), where ratio is that of the new
+    to the old probability of the decision.
+
+    Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 7.
+
+    Args:
+        log_probs: float [B, T], of the policy that learns.
+        old_log_probs: float [B, T], of the policy that decided; constants.
+        advantages: float [B, T], constants.
+        present: float [B, T], 1 where a decision was made.
+    Returns:
+        Scalar.
+    """
+    advantages = advantages.detach()
+    ratio = (log_probs - old_log_probs.detach()).exp()
+    gain = (ratio * advantages).minimum(ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -(gain * present).sum() / present.sum()
+
+
+def value_loss(values: Tensor, returns: Tensor, present: Tensor) -> Tensor:
+    """Half the squared error, mean over the decisions that were made: three float [B, T] -> scalar."""
+    return 0.5 * ((values - returns.detach()) ** 2 * present).sum() / present.sum()

@@ -22,6 +22,7 @@ from rlnas_fast.search import (
 from rlnas_fast.strategies.evolution import Evolution
 from rlnas_fast.strategies.local_search import LocalSearch
 from rlnas_fast.strategies.model_based import ModelBased
+from rlnas_fast.strategies.ppo import PPO
 from rlnas_fast.strategies.random import RandomSearch
 from rlnas_fast.strategies.reinforce import Reinforce
 
@@ -34,6 +35,8 @@ STRATEGIES: dict[str, Make] = {
     "local-search, 4 starts": functools.partial(LocalSearch, starts=4),
     "model-based": ModelBased,
     "model-based, early": functools.partial(ModelBased, initial=2, patience=1, memory=6),
+    "ppo": functools.partial(PPO, group=4),
+    "ppo, value head": functools.partial(PPO, group=3, value_head=True),
     "reinforce": Reinforce,
     "reinforce gru": functools.partial(Reinforce, cell="gru", epsilon=0.2),
 }

@@ -1,0 +1,166 @@
+"""Proximal policy optimisation with a recurrent controller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..rl.baselines import MovingAverage, ema_advantages
+from ..rl.losses import clipped_loss, value_loss
+from ..rl.policies import Choices, RecurrentPolicy
+from ..rl.returns import final_rewards, generalised_advantages
+from ..rl.threads import one_torch_thread
+from ..search import Architecture, SearchContext, SearchSpace, Trial
+from .novelty import Novelty
+
+
+class PPO:
+    """Learns an autoregressive controller by several clipped steps on each group of trials.
+
+    Rewards are taken relative to a moving average and in units of their moving deviation.
+
+    Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), with the recurrent controller
+    of Zoph and Le (2017).
+    Deviations: a trial is one episode whose only reward is its last, without discount; what was proposed
+    before is drawn again, from a policy that is flatter each time.
+
+    Args:
+        space: where to search.
+        seed: of its own generators.
+        allow_repeats: proposes an architecture again although it was asked or told before.
+        cell: "lstm" or "gru".
+        hidden: width of the controller.
+        learning_rate: of Adam.
+        group: how many trials are told between two updates.
+        epochs: steps of Adam on each group.
+        clip: how far the probability of a decision may move, as a ratio.
+        entropy_weight: nats of entropy a decision are worth this many deviations of the reward.
+        value_head: learns the expected reward before each decision as the baseline; without it the
+            moving average is the baseline.
+        value_weight: of the value head's loss.
+        trace: lambda of the generalised advantages; needs the value head.
+        baseline_decay: weight of the past in the moving average.
+        temperature: divides the logits.
+        tanh_constant: bounds the logits to +- this; 0 leaves them free.
+        epsilon: probability of a uniform draw at each decision.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        seed: int,
+        allow_repeats: bool = False,
+        cell: str = "lstm",
+        hidden: int = 64,
+        learning_rate: float = 0.01,
+        group: int = 10,
+        epochs: int = 10,
+        clip: float = 0.2,
+        entropy_weight: float = 0.01,
+        value_head: bool = False,
+        value_weight: float = 0.5,
+        trace: float = 0.95,
+        baseline_decay: float = 0.9,
+        temperature: float = 1.0,
+        tanh_constant: float = 2.5,
+        epsilon: float = 0.0,
+    ) -> None:
+        for name, value in (("trace", trace), ("epsilon", epsilon)):
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name} = {value}: give a number from 0 to 1")
+        for name, value in (("clip", clip), ("baseline_decay", baseline_decay)):
+            if not 0 <= value < 1 or (name == "clip" and value == 0):
+                raise ConfigError(f"{name} = {value}: give a number between 0 and 1")
+        if learning_rate <= 0 or group < 1 or epochs < 1:
+            raise ConfigError(
+                f"learning_rate = {learning_rate}, group = {group}, epochs = {epochs}: all must be above 0"
+            )
+        if entropy_weight < 0 or value_weight < 0:
+            raise ConfigError(
+                f"entropy_weight = {entropy_weight}, value_weight = {value_weight}: neither may be below 0"
+            )
+        self._space = space
+        self._generator = torch.Generator().manual_seed(seed)
+        self._novelty = Novelty(space, np.random.default_rng(seed), allow_repeats=allow_repeats)
+        self._policy = RecurrentPolicy(
+            [len(decision.choices) for decision in space.decisions],
+            hidden=hidden,
+            cell=cell,
+            temperature=temperature,
+            tanh_constant=tanh_constant or None,
+            value_head=value_head,
+            generator=self._generator,
+        )
+        self._optimizer = torch.optim.Adam(self._policy.parameters(), lr=learning_rate, fused=True)
+        self._group = group
+        self._epochs = epochs
+        self._clip = clip
+        self._entropy_weight = entropy_weight
+        self._value_weight = value_weight
+        self._trace = trace
+        self._baseline_decay = baseline_decay
+        self._epsilon = epsilon
+        self._average = MovingAverage()
+        self._waiting: list[tuple[Choices, float]] = []
+
+    @one_torch_thread()
+    def ask(self, count: int, context: SearchContext) -> list[Architecture]:
+        """``count`` new architectures from the policy; fewer only when the space has no more."""
+        return self._novelty.fill(count, self._draw)
+
+    @one_torch_thread()
+    def tell(self, trials: Sequence[Trial]) -> None:
+        """Updates the policy whenever a group is full; trials it never asked for count like its own."""
+        self._novelty.tell(trials)
+        for trial in trials:
+            self._waiting.append((trial.architecture.choices, trial.reward))
+            if len(self._waiting) == self._group:
+                group, self._waiting = self._waiting, []
+                self._update([choices for choices, _ in group], [reward for _, reward in group])
+
+    def _update(self, sequences: Sequence[Choices], rewards: Sequence[float]) -> None:
+        episodes = self._policy.episodes(sequences, self._space.mask)
+        relative, self._average = ema_advantages(
+            torch.tensor(rewards, dtype=torch.float64), self._average, decay=self._baseline_decay
+        )
+        relative = (relative / (self._average.deviation or 1.0)).float()
+        present = episodes.present
+        with torch.no_grad():
+            old = self._policy(episodes)
+            advantages, returns = self._advantages(relative, episodes.lengths, old.values, present)
+        for _ in range(self._epochs):
+            scored = self._policy(episodes)
+            loss = clipped_loss(scored.log_probs, old.log_probs, advantages, present, clip=self._clip)
+            loss = loss - self._entropy_weight * scored.entropies.sum() / present.sum()
+            if scored.values is not None:
+                loss = loss + self._value_weight * value_loss(scored.values, returns, present)
+            self._optimizer.zero_grad()
+            loss.backward()
+            self._optimizer.step()
+
+    def _advantages(
+        self, relative: Tensor, lengths: Tensor, values: Tensor | None, present: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages and returns of each decision: two float [B, T]."""
+        returns = relative[:, None] * present
+        if values is None:
+            return returns, returns
+        rewards = final_rewards(relative, lengths, present.shape[1])
+        advantages = generalised_advantages(rewards, values, present, discount=1.0, trace=self._trace)
+        return advantages, advantages + values
+
+    def _draw(self, missing: int, attempt: int) -> Iterable[Architecture]:
+        sequences, _ = self._policy.sample(
+            missing,
+            self._space.mask,
+            self._space.is_complete,
+            self._generator,
+            flatten=2.0**attempt,
+            epsilon=self._epsilon,
+        )
+        return [Architecture(self._space.name, sequence) for sequence in sequences]
