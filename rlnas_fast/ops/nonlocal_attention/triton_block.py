@@ -352,7 +352,7 @@ def _backward_plan(
         (batch, positions, keys, channels, depth, width, *where, per_split, *geometry.strides, *grad.strides),
         {
             **pool_constants, "PRECISION": precision, "BLOCK_P": tiles.step, "BLOCK_C": tiles.columns,
-            "BLOCK_R": tiles.rows, "FLAT": geometry.flat, "GRAD_FLAT": grad.flat,
+            "BLOCK_R": tiles.rows, "FLAT": geometry.flat and grad.flat,
         },
         warps=tiles.warps,
         stages=tiles.stages,
@@ -528,21 +528,23 @@ def _grad_mean_kernel(grad_z, weight, grad_mean, positions, channels, width, hei
 
 
 @triton.jit
-def gather_gradient(gradient, choice, row, inner, positions, keys, size, slabs, height, columns, pooled_t, pooled_h,
+def gather_gradient(gradient, choice, pooled, row, inner, positions, size, height, columns, pooled_t, pooled_h,
                     pooled_w, POOL_T: tl.constexpr, POOL_H: tl.constexpr, POOL_W: tl.constexpr):
-    """Gradient [rows, inner] at full resolution of a projection that may have been pooled."""
+    """Gradient [rows, inner] at full resolution of a projection, which was pooled if ``pooled`` says so."""
     if POOL_T * POOL_H * POOL_W == 1:
         values = load_tile(tile_pointers(gradient, row, inner, size, 1), row, inner, positions, size, True, True)
     else:
         slab, line, column = row // columns // height, row // columns % height, row % columns
         element = (slab % POOL_T * POOL_H + line % POOL_H) * POOL_W + column % POOL_W
         slab, line, column = slab // POOL_T, line // POOL_H, column // POOL_W
-        key = (slab * pooled_h + line) * pooled_w + column
-        inside = (row < positions) & (slab < pooled_t) & (line < pooled_h) & (column < pooled_w)
-        mask = inside[:, None] & (inner[None, :] < size)
+        inside = (slab < pooled_t) & (line < pooled_h) & (column < pooled_w)
+        key = tl.where(row * 0 + pooled > 0, (slab * pooled_h + line) * pooled_w + column, row)
+        covered = (row < positions) & (inside.to(tl.int32) >= pooled)
+        mask = covered[:, None] & (inner[None, :] < size)
         values = tl.load(tile_pointers(gradient, key, inner, size, 1), mask, other=0.0)
-        winner = tl.load(tile_pointers(choice, key, inner, size, 1), mask, other=0)
-        values = tl.where(winner.to(tl.int32) == element[:, None], values, 0.0)
+        winner = tl.load(tile_pointers(choice, key, inner, size, 1), mask & (row * 0 + pooled > 0)[:, None], other=0)
+        won = (winner.to(tl.int32) == element[:, None]).to(tl.int32)
+        values = tl.where(won >= pooled, values, 0.0)
     return values
 
 
@@ -572,15 +574,15 @@ def _input_gradient_kernel(grad_z, gquery, gkey, gvalue, key_choice, value_choic
         total = tl.dot(left, right, total, input_precision=PRECISION)
     for start in range(0, depth, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        left = gather_gradient(gkey, key_choice, row, inner, positions, keys, depth, slabs, height, columns, pooled_t,
-                               pooled_h, pooled_w, POOL_T, POOL_H, POOL_W)
+        left = gather_gradient(gkey, key_choice, 1, row, inner, positions, depth, height, columns, pooled_t, pooled_h,
+                               pooled_w, POOL_T, POOL_H, POOL_W)
         right = load_tile(tile_pointers(phi, inner, channel, channels, 1), inner, channel, depth, channels, True,
                           True)
         total = tl.dot(left, right, total, input_precision=PRECISION)
     for start in range(0, width, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        left = gather_gradient(gvalue, value_choice, row, inner, positions, keys, width, slabs, height, columns,
-                               pooled_t, pooled_h, pooled_w, POOL_T, POOL_H, POOL_W)
+        left = gather_gradient(gvalue, value_choice, 1, row, inner, positions, width, height, columns, pooled_t,
+                               pooled_h, pooled_w, POOL_T, POOL_H, POOL_W)
         right = load_tile(tile_pointers(g, inner, channel, channels, 1), inner, channel, width, channels, True, True)
         total = tl.dot(left, right, total, input_precision=PRECISION)
     if RESIDUAL:
@@ -594,77 +596,65 @@ def _input_gradient_kernel(grad_z, gquery, gkey, gvalue, key_choice, value_choic
 def _weight_gradient_kernel(x, grad_z, gquery, gkey, gvalue, key_choice, value_choice, mean, partial, batch,
                             positions, keys, channels, depth, width, slabs, height, columns, pooled_t, pooled_h,
                             pooled_w, per_split, x_b, x_c, x_t, x_h, x_w, grad_b, grad_c, grad_t, grad_h, grad_w,
-                            BLOCK_C: tl.constexpr, POOL_T: tl.constexpr, POOL_H: tl.constexpr,
-                            POOL_W: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
-                            BLOCK_R: tl.constexpr, FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr):
-    """Sums one tile of one weight's gradient over one split of the positions; row sums are the biases."""
-    pid = tl.program_id(0)
+                            POOL_T: tl.constexpr, POOL_H: tl.constexpr, POOL_W: tl.constexpr,
+                            PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                            BLOCK_R: tl.constexpr, FLAT: tl.constexpr):
+    """Sums one tile of one weight's gradient over one split of the positions; row sums are the biases.
+
+    theta, phi and g: gradient^T x.  W_z: the same with mean^T grad_z, stored transposed.
+    """
     channel_tiles = tl.cdiv(channels, BLOCK_C)
     depth_programs = tl.cdiv(depth, BLOCK_R) * channel_tiles
     width_programs = tl.cdiv(width, BLOCK_R) * channel_tiles
-    matrices = (2 * depth + 2 * width) * channels
-    partial += tl.program_id(1).to(tl.int64) * (matrices + 2 * depth + width + channels)
-    first = tl.program_id(1) * per_split
-    last = tl.minimum(first + per_split, batch * tl.cdiv(positions, BLOCK_P))
-    if pid < depth_programs:
-        _weight_gradient(x, gquery, key_choice, partial, partial + matrices, pid, first, last, positions, positions,
-                         channels, depth, slabs, height, columns, pooled_t, pooled_h, pooled_w, x_b, x_c, x_t, x_h,
-                         x_w, BLOCK_C, 1, 1, 1, PRECISION, BLOCK_P, BLOCK_R, FLAT, False)
-    elif pid < 2 * depth_programs:
-        _weight_gradient(x, gkey, key_choice, partial + depth * channels, partial + matrices + depth,
-                         pid - depth_programs, first, last, positions, keys, channels, depth, slabs, height, columns,
-                         pooled_t, pooled_h, pooled_w, x_b, x_c, x_t, x_h, x_w, BLOCK_C, POOL_T, POOL_H, POOL_W,
-                         PRECISION, BLOCK_P, BLOCK_R, FLAT, False)
-    elif pid < 2 * depth_programs + width_programs:
-        _weight_gradient(x, gvalue, value_choice, partial + 2 * depth * channels, partial + matrices + 2 * depth,
-                         pid - 2 * depth_programs, first, last, positions, keys, channels, width, slabs, height,
-                         columns, pooled_t, pooled_h, pooled_w, x_b, x_c, x_t, x_h, x_w, BLOCK_C, POOL_T, POOL_H,
-                         POOL_W, PRECISION, BLOCK_P, BLOCK_R, FLAT, False)
-    else:
-        _weight_gradient(grad_z, mean, key_choice, partial + (2 * depth + width) * channels,
-                         partial + matrices + 2 * depth + width, pid - 2 * depth_programs - width_programs, first,
-                         last, positions, positions, channels, width, slabs, height, columns, pooled_t, pooled_h,
-                         pooled_w, grad_b, grad_c, grad_t, grad_h, grad_w, BLOCK_C, 1, 1, 1, PRECISION, BLOCK_P,
-                         BLOCK_R, GRAD_FLAT, True)
-
-
-@triton.jit
-def _weight_gradient(wide, inner_rows, choice, out, sums, pid, first, last, positions, keys, channels, size, slabs,
-                     height, columns, pooled_t, pooled_h, pooled_w, x_b, x_c, x_t, x_h, x_w, BLOCK_C: tl.constexpr,
-                     POOL_T: tl.constexpr, POOL_H: tl.constexpr, POOL_W: tl.constexpr, PRECISION: tl.constexpr,
-                     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, FLAT: tl.constexpr, OUT: tl.constexpr):
-    """inner_rows^T wide as [size, channels]; with OUT its transpose, the layout of W_z."""
-    channel_tiles = tl.cdiv(channels, BLOCK_C)
+    pid = tl.program_id(0)
+    is_theta = pid < depth_programs
+    is_out = pid >= 2 * depth_programs + width_programs
+    is_value = (pid >= 2 * depth_programs) & (pid < 2 * depth_programs + width_programs)
+    is_wide = is_value | is_out
+    index = tl.where(is_theta, 0, tl.where(is_value, 2, tl.where(is_out, 3, 1)))
+    size = tl.where(is_wide, width, depth)
+    inner_rows = tl.where(is_theta, gquery, tl.where(is_value, gvalue, tl.where(is_out, mean, gkey)))
+    choice = key_choice
+    if POOL_T * POOL_H * POOL_W > 1:
+        choice = tl.where(is_value, value_choice, key_choice)
+    pooled = tl.where(is_theta | is_out, 0, 1)
+    inner_positions = tl.where(is_theta | is_out, positions, keys)
+    wide = tl.where(is_out, grad_z, x)
+    wide_b, wide_c = tl.where(is_out, grad_b, x_b), tl.where(is_out, grad_c, x_c)
+    wide_t, wide_h, wide_w = (tl.where(is_out, grad_t, x_t), tl.where(is_out, grad_h, x_h),
+                              tl.where(is_out, grad_w, x_w))
+    pid -= tl.where(is_theta, 0, tl.where(is_out, 2 * depth_programs + width_programs, index * depth_programs))
     inner = pid // channel_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     channel = pid % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     tiles = tl.cdiv(positions, BLOCK_P)
+    first = tl.program_id(1) * per_split
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     inner_sum = tl.zeros([BLOCK_R], tl.float32)
     channel_sum = tl.zeros([BLOCK_C], tl.float32)
-    for step in range(first, last):
+    for step in range(first, tl.minimum(first + per_split, batch * tiles)):
         sample = (step // tiles).to(tl.int64)
         row = step % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-        left = gather_gradient(inner_rows + sample * keys * size,
-                               choice + sample * keys * size if POOL_T * POOL_H * POOL_W > 1 else choice, row, inner,
-                               positions, keys, size, slabs, height, columns, pooled_t, pooled_h, pooled_w, POOL_T,
-                               POOL_H, POOL_W)
-        where = wide + sample * x_b + offset(row, height, columns, x_t, x_h, x_w, FLAT)
-        right = tl.load(where[:, None] + channel.to(tl.int64)[None, :] * x_c,
+        shift = sample * inner_positions * size
+        left = gather_gradient(inner_rows + shift, choice + shift if POOL_T * POOL_H * POOL_W > 1 else choice,
+                               pooled, row, inner, positions, size, height, columns, pooled_t, pooled_h, pooled_w,
+                               POOL_T, POOL_H, POOL_W)
+        where = wide + sample * wide_b + offset(row, height, columns, wide_t, wide_h, wide_w, FLAT)
+        right = tl.load(where[:, None] + channel.to(tl.int64)[None, :] * wide_c,
                         (row[:, None] < positions) & (channel[None, :] < channels), other=0.0)
         total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
-        if OUT:
-            channel_sum += tl.sum(right.to(tl.float32), 0)
-        else:
-            inner_sum += tl.sum(left.to(tl.float32), 0)
-    mask = (inner[:, None] < size) & (channel[None, :] < channels)
-    if OUT:
-        tl.store(tile_pointers(out, inner, channel, 1, size), total, mask)
+        inner_sum += tl.sum(left.to(tl.float32), 0)
+        channel_sum += tl.sum(right.to(tl.float32), 0)
+    matrices = (2 * depth + 2 * width) * channels
+    partial += tl.program_id(1).to(tl.int64) * (matrices + 2 * depth + width + channels)
+    before = tl.where(is_out, 2 * depth + width, index * depth)
+    tl.store(tile_pointers(partial + before * channels, inner, channel, tl.where(is_out, 1, channels),
+                           tl.where(is_out, size, 1)), total, (inner[:, None] < size) & (channel[None, :] < channels))
+    sums = partial + matrices + before
+    if is_out:
         if pid // channel_tiles == 0:
             tl.store(sums + channel, channel_sum, channel < channels)
-    else:
-        tl.store(tile_pointers(out, inner, channel, channels, 1), total, mask)
-        if pid % channel_tiles == 0:
-            tl.store(sums + inner, inner_sum, inner < size)
+    elif pid % channel_tiles == 0:
+        tl.store(sums + inner, inner_sum, inner < size)
 
 
 @triton.jit
