@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <array>
-
 #include <tuple>
 
 namespace py = pybind11;
@@ -23,9 +22,10 @@ T* at(Address address) {
 
 // (data, dtype, rows, columns, stride of a row)
 using MatrixArgs = std::tuple<Address, int, int64_t, int64_t, int64_t>;
-// (data, dtype, [N, K], [tile rows, tile columns], [row_count, row_tiles, col_count, col_tiles], bits, payload, scale)
-using WeightArgs = std::tuple<Address, int, std::array<int64_t, 2>, std::array<int64_t, 2>, std::array<Address, 4>,
-                              Address, Address, Address>;
+// (data, dtype, [N, K], [tile rows, tile columns], [row_count, row_tiles, col_count, col_tiles], bits,
+// payload, scale)
+using WeightArgs = std::tuple<Address, int, std::array<int64_t, 2>, std::array<int64_t, 2>,
+                              std::array<Address, 4>, Address, Address, Address>;
 
 Matrix matrix(const MatrixArgs& a) {
   return {at<const void>(std::get<0>(a)), static_cast<Dtype>(std::get<1>(a)), std::get<2>(a), std::get<3>(a),
@@ -34,10 +34,18 @@ Matrix matrix(const MatrixArgs& a) {
 
 Weight weight(const WeightArgs& a) {
   const auto& [data, dtype, shape, tile, lists, bits, payload, scale] = a;
-  return {at<const void>(data),        static_cast<Dtype>(dtype),    shape[0],
-          shape[1],                    tile[0],                      tile[1],
-          at<const int32_t>(lists[0]), at<const int32_t>(lists[1]),  at<const int32_t>(lists[2]),
-          at<const int32_t>(lists[3]), at<const int32_t>(bits),      at<const int8_t>(payload),
+  return {at<const void>(data),
+          static_cast<Dtype>(dtype),
+          shape[0],
+          shape[1],
+          tile[0],
+          tile[1],
+          at<const int32_t>(lists[0]),
+          at<const int32_t>(lists[1]),
+          at<const int32_t>(lists[2]),
+          at<const int32_t>(lists[3]),
+          at<const int32_t>(bits),
+          at<const int8_t>(payload),
           at<const float>(scale)};
 }
 
@@ -55,8 +63,8 @@ using RowsArgs = std::array<Address, 3>;
 Rows rows(const RowsArgs& a) { return {at<int32_t>(a[0]), at<uint16_t>(a[1]), at<float>(a[2])}; }
 
 // Row and column lists of the live tiles, keep tiles first; tiny, so one thread.
-void fill_lists(const uint8_t* state, int64_t tiles_n, int64_t tiles_k, int32_t* row_count, int32_t* row_tiles,
-                int32_t* col_count, int32_t* col_tiles) {
+void fill_lists(const uint8_t* state, int64_t tiles_n, int64_t tiles_k, int32_t* row_count,
+                int32_t* row_tiles, int32_t* col_count, int32_t* col_tiles) {
   std::fill_n(row_count, 2 * tiles_n, 0);
   std::fill_n(col_count, 2 * tiles_k, 0);
   for (int kind = 0; kind < 2; ++kind)
@@ -75,60 +83,97 @@ void fill_lists(const uint8_t* state, int64_t tiles_n, int64_t tiles_k, int32_t*
 
 void register_masked_matmul(py::module_& module) {
   using namespace rlnas;
-  auto m = module.def_submodule("masked_matmul", "Masked matrix product; addresses of tensors that Python owns.");
+  auto m =
+      module.def_submodule("masked_matmul", "Masked matrix product; addresses of tensors that Python owns.");
   const py::call_guard<py::gil_scoped_release> unlocked;
 
-  m.def("pack_tiles", [](const WeightArgs& w, bool transposed, int kinds, Address packed, int threads) {
-    RLNAS_DISPATCH(pack_tiles, weight(w), transposed, static_cast<Kinds>(kinds), at<float>(packed), threads);
-  }, unlocked);
-  m.def("multiply_tiles", [](const MatrixArgs& x, const WeightArgs& w, bool transposed, int kinds, Address packed,
-                             Address permutation, const OutputArgs& y, Address scratch, int threads) {
-    RLNAS_DISPATCH(multiply_tiles, matrix(x), direction_of(weight(w), transposed), static_cast<Kinds>(kinds),
-                   at<const float>(packed), at<const int32_t>(permutation), output(y), at<float>(scratch), threads);
-  }, unlocked);
-  m.def("sample_tiles", [](const MatrixArgs& grad_y, const MatrixArgs& x, const WeightArgs& w, Address output_perm,
-                           Address input_perm, Address grad_w, Address scratch, int threads) {
-    RLNAS_DISPATCH(sample_tiles, matrix(grad_y), matrix(x), weight(w), at<const int32_t>(output_perm),
-                   at<const int32_t>(input_perm), at<void>(grad_w), at<float>(scratch), threads);
-  }, unlocked);
-  m.def("multiply_direct", [](const MatrixArgs& x, const WeightArgs& w, Address permutation, const OutputArgs& y,
-                              Address scratch, int threads) {
-    RLNAS_DISPATCH(multiply_direct, matrix(x), weight(w), at<const int32_t>(permutation), output(y),
-                   at<float>(scratch), threads);
-  }, unlocked);
-  m.def("pack_rows", [](const WeightArgs& w, bool transposed, const RowsArgs& r, int threads) {
-    RLNAS_DISPATCH(pack_rows, weight(w), transposed, rows(r), threads);
-  }, unlocked);
-  m.def("multiply_rows", [](const MatrixArgs& x, int64_t out, const RowsArgs& r, Address permutation,
-                            const OutputArgs& y, Address scratch, int threads) {
-    RLNAS_DISPATCH(multiply_rows, matrix(x), out, rows(r), at<const int32_t>(permutation), output(y),
-                   at<float>(scratch), threads);
-  }, unlocked);
-  m.def("sample_rows", [](const MatrixArgs& grad_y, const MatrixArgs& x, const WeightArgs& w, const RowsArgs& r,
-                          Address output_perm, Address input_perm, Address grad_w, Address scratch, int threads) {
-    RLNAS_DISPATCH(sample_rows, matrix(grad_y), matrix(x), weight(w), rows(r), at<const int32_t>(output_perm),
-                   at<const int32_t>(input_perm), at<void>(grad_w), at<float>(scratch), threads);
-  }, unlocked);
-  m.def("pack_int8", [](const WeightArgs& w, Address packed, Address corrections, int threads) {
-    RLNAS_DISPATCH(pack_int8, weight(w), at<int8_t>(packed), at<int32_t>(corrections), threads);
-  }, unlocked);
-  m.def("multiply_int8", [](const MatrixArgs& x, const WeightArgs& w, Address packed, Address corrections,
-                            Address permutation, const OutputArgs& y, bool accumulate, Address scratch,
-                            Address row_scales, int threads) {
-    RLNAS_DISPATCH(multiply_int8, matrix(x), weight(w), at<const int8_t>(packed), at<const int32_t>(corrections),
-                   at<const int32_t>(permutation), output(y), accumulate, at<uint8_t>(scratch),
-                   at<float>(row_scales), threads);
-  }, unlocked);
-  m.def("pack_mask", [](Address dense, std::array<int64_t, 2> shape, std::array<int64_t, 2> tile, Address bits,
-                        Address state, int threads) {
-    RLNAS_DISPATCH(pack_bits, at<const uint8_t>(dense), shape[0], shape[1], tile[0], tile[1], at<int32_t>(bits),
-                   at<uint8_t>(state), threads);
-  }, unlocked);
-  m.def("update_lists", [](Address state, Address bits, std::array<int64_t, 2> shape, std::array<int64_t, 2> tile,
-                           std::array<Address, 4> lists, Address stats, int threads) {
-    fill_lists(at<const uint8_t>(state), (shape[0] + tile[0] - 1) / tile[0], (shape[1] + tile[1] - 1) / tile[1],
-               at<int32_t>(lists[0]), at<int32_t>(lists[1]), at<int32_t>(lists[2]), at<int32_t>(lists[3]));
-    RLNAS_DISPATCH(count_bits, at<const uint8_t>(state), at<const int32_t>(bits), shape[0], shape[1], tile[0],
-                   tile[1], at<int64_t>(stats), threads);
-  }, unlocked);
+  m.def(
+      "pack_tiles",
+      [](const WeightArgs& w, bool transposed, int kinds, Address packed, int threads) {
+        RLNAS_DISPATCH(pack_tiles, weight(w), transposed, static_cast<Kinds>(kinds), at<float>(packed),
+                       threads);
+      },
+      unlocked);
+  m.def(
+      "multiply_tiles",
+      [](const MatrixArgs& x, const WeightArgs& w, bool transposed, int kinds, Address packed,
+         Address permutation, const OutputArgs& y, Address scratch, int threads) {
+        RLNAS_DISPATCH(multiply_tiles, matrix(x), direction_of(weight(w), transposed),
+                       static_cast<Kinds>(kinds), at<const float>(packed), at<const int32_t>(permutation),
+                       output(y), at<float>(scratch), threads);
+      },
+      unlocked);
+  m.def(
+      "sample_tiles",
+      [](const MatrixArgs& grad_y, const MatrixArgs& x, const WeightArgs& w, Address output_perm,
+         Address input_perm, Address grad_w, Address scratch, int threads) {
+        RLNAS_DISPATCH(sample_tiles, matrix(grad_y), matrix(x), weight(w), at<const int32_t>(output_perm),
+                       at<const int32_t>(input_perm), at<void>(grad_w), at<float>(scratch), threads);
+      },
+      unlocked);
+  m.def(
+      "multiply_direct",
+      [](const MatrixArgs& x, const WeightArgs& w, Address permutation, const OutputArgs& y, Address scratch,
+         int threads) {
+        RLNAS_DISPATCH(multiply_direct, matrix(x), weight(w), at<const int32_t>(permutation), output(y),
+                       at<float>(scratch), threads);
+      },
+      unlocked);
+  m.def(
+      "pack_rows",
+      [](const WeightArgs& w, bool transposed, const RowsArgs& r, int threads) {
+        RLNAS_DISPATCH(pack_rows, weight(w), transposed, rows(r), threads);
+      },
+      unlocked);
+  m.def(
+      "multiply_rows",
+      [](const MatrixArgs& x, int64_t out, const RowsArgs& r, Address permutation, const OutputArgs& y,
+         Address scratch, int threads) {
+        RLNAS_DISPATCH(multiply_rows, matrix(x), out, rows(r), at<const int32_t>(permutation), output(y),
+                       at<float>(scratch), threads);
+      },
+      unlocked);
+  m.def(
+      "sample_rows",
+      [](const MatrixArgs& grad_y, const MatrixArgs& x, const WeightArgs& w, const RowsArgs& r,
+         Address output_perm, Address input_perm, Address grad_w, Address scratch, int threads) {
+        RLNAS_DISPATCH(sample_rows, matrix(grad_y), matrix(x), weight(w), rows(r),
+                       at<const int32_t>(output_perm), at<const int32_t>(input_perm), at<void>(grad_w),
+                       at<float>(scratch), threads);
+      },
+      unlocked);
+  m.def(
+      "pack_int8",
+      [](const WeightArgs& w, Address packed, Address corrections, int threads) {
+        RLNAS_DISPATCH(pack_int8, weight(w), at<int8_t>(packed), at<int32_t>(corrections), threads);
+      },
+      unlocked);
+  m.def(
+      "multiply_int8",
+      [](const MatrixArgs& x, const WeightArgs& w, Address packed, Address corrections, Address permutation,
+         const OutputArgs& y, bool accumulate, Address scratch, Address row_scales, int threads) {
+        RLNAS_DISPATCH(multiply_int8, matrix(x), weight(w), at<const int8_t>(packed),
+                       at<const int32_t>(corrections), at<const int32_t>(permutation), output(y), accumulate,
+                       at<uint8_t>(scratch), at<float>(row_scales), threads);
+      },
+      unlocked);
+  m.def(
+      "pack_mask",
+      [](Address dense, std::array<int64_t, 2> shape, std::array<int64_t, 2> tile, Address bits,
+         Address state, int threads) {
+        RLNAS_DISPATCH(pack_bits, at<const uint8_t>(dense), shape[0], shape[1], tile[0], tile[1],
+                       at<int32_t>(bits), at<uint8_t>(state), threads);
+      },
+      unlocked);
+  m.def(
+      "update_lists",
+      [](Address state, Address bits, std::array<int64_t, 2> shape, std::array<int64_t, 2> tile,
+         std::array<Address, 4> lists, Address stats, int threads) {
+        fill_lists(at<const uint8_t>(state), (shape[0] + tile[0] - 1) / tile[0],
+                   (shape[1] + tile[1] - 1) / tile[1], at<int32_t>(lists[0]), at<int32_t>(lists[1]),
+                   at<int32_t>(lists[2]), at<int32_t>(lists[3]));
+        RLNAS_DISPATCH(count_bits, at<const uint8_t>(state), at<const int32_t>(bits), shape[0], shape[1],
+                       tile[0], tile[1], at<int64_t>(stats), threads);
+      },
+      unlocked);
 }

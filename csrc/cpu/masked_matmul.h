@@ -44,8 +44,10 @@ inline Direction direction_of(const Weight& w, bool transposed) {
   const int64_t tiles_n = (w.out_features + w.tile_rows - 1) / w.tile_rows;
   const int64_t tiles_k = (w.in_features + w.tile_cols - 1) / w.tile_cols;
   if (transposed)
-    return {w.in_features, w.out_features, w.tile_cols, w.tile_rows, w.col_count, w.col_tiles, tiles_k, tiles_n};
-  return {w.out_features, w.in_features, w.tile_rows, w.tile_cols, w.row_count, w.row_tiles, tiles_n, tiles_k};
+    return {w.in_features, w.out_features, w.tile_cols, w.tile_rows,
+            w.col_count,   w.col_tiles,    tiles_k,     tiles_n};
+  return {w.out_features, w.in_features, w.tile_rows, w.tile_cols,
+          w.row_count,    w.row_tiles,   tiles_n,     tiles_k};
 }
 
 enum class Kinds : int { keep = 0, int8 = 1, both = 2 };
@@ -78,23 +80,26 @@ struct Rows {
 namespace rlnas {
 RLNAS_DECLARE(void pack_tiles(const Weight& weight, bool transposed, Kinds kinds, float* packed, int threads))
 RLNAS_DECLARE(void multiply_tiles(const Matrix& x, const Direction& d, Kinds kinds, const float* packed,
-                                  const int32_t* input_permutation, const Output& y, float* scratch, int threads))
+                                  const int32_t* input_permutation, const Output& y, float* scratch,
+                                  int threads))
 RLNAS_DECLARE(void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight,
-                                const int32_t* output_permutation, const int32_t* input_permutation, void* grad_w,
-                                float* scratch, int threads))
+                                const int32_t* output_permutation, const int32_t* input_permutation,
+                                void* grad_w, float* scratch, int threads))
 RLNAS_DECLARE(void multiply_direct(const Matrix& x, const Weight& weight, const int32_t* input_permutation,
                                    const Output& y, float* scratch, int threads))
 RLNAS_DECLARE(void pack_rows(const Weight& weight, bool transposed, const Rows& rows, int threads))
-RLNAS_DECLARE(void multiply_rows(const Matrix& x, int64_t out, const Rows& rows, const int32_t* input_permutation,
-                                 const Output& y, float* scratch, int threads))
+RLNAS_DECLARE(void multiply_rows(const Matrix& x, int64_t out, const Rows& rows,
+                                 const int32_t* input_permutation, const Output& y, float* scratch,
+                                 int threads))
 RLNAS_DECLARE(void sample_rows(const Matrix& grad_y, const Matrix& x, const Weight& weight, const Rows& rows,
-                               const int32_t* output_permutation, const int32_t* input_permutation, void* grad_w,
-                               float* scratch, int threads))
+                               const int32_t* output_permutation, const int32_t* input_permutation,
+                               void* grad_w, float* scratch, int threads))
 RLNAS_DECLARE(int64_t panel_floats(int64_t in))
 RLNAS_DECLARE(void pack_int8(const Weight& weight, int8_t* packed, int32_t* corrections, int threads))
 RLNAS_DECLARE(void multiply_int8(const Matrix& x, const Weight& weight, const int8_t* packed,
-                                 const int32_t* corrections, const int32_t* input_permutation, const Output& y,
-                                 bool accumulate, uint8_t* scratch, float* row_scales, int threads))
+                                 const int32_t* corrections, const int32_t* input_permutation,
+                                 const Output& y, bool accumulate, uint8_t* scratch, float* row_scales,
+                                 int threads))
 RLNAS_DECLARE(void pack_bits(const uint8_t* dense, int64_t rows, int64_t cols, int64_t tile_rows,
                              int64_t tile_cols, int32_t* bits, uint8_t* state, int threads))
 RLNAS_DECLARE(void count_bits(const uint8_t* state, const int32_t* bits, int64_t rows, int64_t cols,

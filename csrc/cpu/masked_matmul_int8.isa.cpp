@@ -6,7 +6,8 @@
 namespace rlnas::RLNAS_ISA {
 namespace {
 
-// Bytes are unsigned for VNNI: q + 128; sums start at -128 * (sum of the tile's column), so the zero point is exact.
+// Bytes are unsigned for VNNI: q + 128; sums start at -128 * (sum of the tile's column), so the zero point is
+// exact.
 constexpr int kZeroPoint = 128;
 
 struct Layout {
@@ -32,10 +33,12 @@ inline IntVector dot4(IntVector sum, IntVector x, IntVector w) {
 #endif
 }
 
-// sum[r][c] = sum over tiles of scale * (x . w); x is [tile][depth / 4][R][4], w is [tile][depth / 4][width][4].
+// sum[r][c] = sum over tiles of scale * (x . w); x is [tile][depth / 4][R][4], w is [tile][depth /
+// 4][width][4].
 template <int R, int V>
-void multiply_panel_int8(const uint8_t* x, const int8_t* w, const int32_t* corrections, int64_t width, int64_t depth,
-                         const int32_t* tiles, int64_t count, const float* scales, float* sum) {
+void multiply_panel_int8(const uint8_t* x, const int8_t* w, const int32_t* corrections, int64_t width,
+                         int64_t depth, const int32_t* tiles, int64_t count, const float* scales,
+                         float* sum) {
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) store(sum + r * width + v * kLanes, Vector{});
   for (int64_t t = 0; t < count; ++t) {
@@ -73,8 +76,8 @@ void multiply_panel_int8(const uint8_t* x, const int8_t* w, const int32_t* corre
   }
 }
 
-using Int8Kernel = void (*)(const uint8_t*, const int8_t*, const int32_t*, int64_t, int64_t, const int32_t*, int64_t,
-                            const float*, float*);
+using Int8Kernel = void (*)(const uint8_t*, const int8_t*, const int32_t*, int64_t, int64_t, const int32_t*,
+                            int64_t, const float*, float*);
 
 template <int V, int... R>
 constexpr std::array<Int8Kernel, sizeof...(R)> int8_kernels(std::integer_sequence<int, R...>) {
@@ -82,8 +85,8 @@ constexpr std::array<Int8Kernel, sizeof...(R)> int8_kernels(std::integer_sequenc
 }
 
 // Row r of a panel: its scale, and its bytes at [tile][step / 4][r][step % 4].
-void quantise_row(const float* x, const Direction& d, const int32_t* permutation, int rows, int r, float* staged,
-                  uint8_t* panel, float* row_scale) {
+void quantise_row(const float* x, const Direction& d, const int32_t* permutation, int rows, int r,
+                  float* staged, uint8_t* panel, float* row_scale) {
   const Layout layout(d);
   const int64_t padded = (d.in + kLanes - 1) / kLanes * kLanes;
   if (permutation)
@@ -157,7 +160,8 @@ void multiply_int8(const Matrix& x, const Weight& weight, const int8_t* packed, 
   const Layout layout(d);
   const Panels panels(x.rows, kPanel);
   const int64_t row_bytes = d.tiles_in * layout.depth;
-  const int64_t group = std::clamp<int64_t>((int64_t{1} << 19) / std::max<int64_t>(1, row_bytes * kPanel), 1, 32);
+  const int64_t group =
+      std::clamp<int64_t>((int64_t{1} << 19) / std::max<int64_t>(1, row_bytes * kPanel), 1, 32);
   const int64_t groups = (panels.count + group - 1) / group;
   const int64_t wanted = std::max<int64_t>(4, (8 * threads + groups - 1) / std::max<int64_t>(1, groups));
   const int64_t runs = std::min(d.tiles_out, wanted);
@@ -192,11 +196,11 @@ void multiply_int8(const Matrix& x, const Weight& weight, const int8_t* packed, 
               const int8_t* wp = packed + at * layout.depth * layout.width;
               int64_t c = 0;
               for (; c + 2 * kLanes <= layout.width; c += 2 * kLanes)
-                two[rows - 1](xp, wp + c * 4, corrections + at * layout.width + c, layout.width, layout.depth, tiles,
-                              live, weight.scale + i * d.tiles_in, sum + c);
+                two[rows - 1](xp, wp + c * 4, corrections + at * layout.width + c, layout.width, layout.depth,
+                              tiles, live, weight.scale + i * d.tiles_in, sum + c);
               for (; c < layout.width; c += kLanes)
-                one[rows - 1](xp, wp + c * 4, corrections + at * layout.width + c, layout.width, layout.depth, tiles,
-                              live, weight.scale + i * d.tiles_in, sum + c);
+                one[rows - 1](xp, wp + c * 4, corrections + at * layout.width + c, layout.width, layout.depth,
+                              tiles, live, weight.scale + i * d.tiles_in, sum + c);
               for (int r = 0; r < rows; ++r) {
                 const int64_t row = panels.first(p) + r;
                 for (int64_t c2 = 0; c2 < columns; ++c2) {

@@ -8,7 +8,8 @@
 
 namespace rlnas::RLNAS_ISA {
 
-// One long chain of additions breaks the twice-the-error rule, so partial sums leave the registers this often.
+// One long chain of additions breaks the twice-the-error rule, so partial sums leave the registers this
+// often.
 constexpr int kFlush = 128;
 
 // A list of tiles: tile t holds `depth` steps of the inner dimension from step tiles[t] * depth on.
@@ -144,9 +145,11 @@ static void write_block(const float* sum, int64_t width, int64_t first, int rows
   }
 }
 
-// Columns [k0, k0 + n), n <= 32, of a weight's row in float, with mask and int8 applied; the rest of `to` is 0.
+// Columns [k0, k0 + n), n <= 32, of a weight's row in float, with mask and int8 applied; the rest of `to` is
+// 0.
 template <class T>
-static inline void fetch_row(const Weight& w, int64_t row, int64_t k0, int n, bool int8, float scale, float* to) {
+static inline void fetch_row(const Weight& w, int64_t row, int64_t k0, int n, bool int8, float scale,
+                             float* to) {
   for (int j = n; j < 32; ++j) to[j] = 0;
   const int64_t at = row * w.in_features + k0;
   if (int8) {
@@ -157,7 +160,8 @@ static inline void fetch_row(const Weight& w, int64_t row, int64_t k0, int n, bo
   }
   if (!w.bits) return;
   const uint32_t bits = bits_at(w.bits + row * ((w.in_features + 31) / 32), k0, n);
-  for (int j = 0; j < 32; j += kLanes) store(to + j, select(load(to + j), (bits >> j) & ((1ull << kLanes) - 1)));
+  for (int j = 0; j < 32; j += kLanes)
+    store(to + j, select(load(to + j), (bits >> j) & ((1ull << kLanes) - 1)));
 }
 
 }  // namespace rlnas::RLNAS_ISA

@@ -29,8 +29,8 @@ inline bool any_bit(const int32_t* row, int64_t k0, int64_t k1) {
 
 }  // namespace
 
-void pack_bits(const uint8_t* dense, int64_t rows, int64_t cols, int64_t tile_rows, int64_t tile_cols, int32_t* bits,
-               uint8_t* state, int threads) {
+void pack_bits(const uint8_t* dense, int64_t rows, int64_t cols, int64_t tile_rows, int64_t tile_cols,
+               int32_t* bits, uint8_t* state, int threads) {
   const int64_t words = (cols + 31) / 32;
   const int64_t tiles_n = (rows + tile_rows - 1) / tile_rows, tiles_k = (cols + tile_cols - 1) / tile_cols;
 #pragma omp parallel for schedule(static) num_threads(threads)

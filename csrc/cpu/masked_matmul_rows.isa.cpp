@@ -42,19 +42,19 @@ inline void each_piece_of_row(const Weight& w, const Direction& d, int64_t n, F 
       if (row[word]) f(word * 32, static_cast<uint32_t>(row[word]), false, 1.0f);
     return;
   }
-  for (int64_t t = 0; t < live; ++t)
-    each_piece(w, i, d.tiles[i * d.tiles_in + t], t >= d.count[2 * i], n, f);
+  for (int64_t t = 0; t < live; ++t) each_piece(w, i, d.tiles[i * d.tiles_in + t], t >= d.count[2 * i], n, f);
 }
 
-// A row being gathered: room for whole vectors past its end, which the compressed rows themselves do not have.
+// A row being gathered: room for whole vectors past its end, which the compressed rows themselves do not
+// have.
 struct Gathered {
   uint16_t indices[(1 << 16) + 32];
   float values[(1 << 16) + 32];
 };
 
 template <class T>
-inline int32_t append(const Weight& w, int64_t n, int64_t k, uint32_t bits, bool int8, float scale, bool with_values,
-                      Gathered& row, int32_t at) {
+inline int32_t append(const Weight& w, int64_t n, int64_t k, uint32_t bits, bool int8, float scale,
+                      bool with_values, Gathered& row, int32_t at) {
 #ifdef __AVX512F__
   if constexpr (std::is_same_v<T, float>)
     if (!int8) {
@@ -64,7 +64,8 @@ inline int32_t append(const Weight& w, int64_t n, int64_t k, uint32_t bits, bool
         const __mmask16 kept = static_cast<__mmask16>(bits);
         const __m512i index = _mm512_maskz_compress_epi32(
             kept, _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(k) + 16 * half)));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.indices + at), _mm512_maskz_cvtepi32_epi16(0xffff, index));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.indices + at),
+                            _mm512_maskz_cvtepi32_epi16(0xffff, index));
         if (with_values)
           _mm512_storeu_ps(row.values + at,
                            _mm512_maskz_compress_ps(kept, _mm512_maskz_loadu_ps(kept, source + 16 * half)));
@@ -91,7 +92,8 @@ void pack_forward(const Weight& w, const Rows& rows, int threads) {
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < d.out; ++n) {
       int32_t count = 0;
-      each_piece_of_row(w, d, n, [&](int64_t, uint32_t bits, bool, float) { count += __builtin_popcount(bits); });
+      each_piece_of_row(w, d, n,
+                        [&](int64_t, uint32_t bits, bool, float) { count += __builtin_popcount(bits); });
       rows.start[n + 1] = count;
     }
 #pragma omp single
@@ -104,13 +106,14 @@ void pack_forward(const Weight& w, const Rows& rows, int threads) {
         count = append<T>(w, n, k, bits, int8, scale, rows.values != nullptr, *row, count);
       });
       std::memcpy(rows.indices + rows.start[n], row->indices, static_cast<size_t>(count) * sizeof(uint16_t));
-      if (rows.values) std::memcpy(rows.values + rows.start[n], row->values, static_cast<size_t>(count) * sizeof(float));
+      if (rows.values)
+        std::memcpy(rows.values + rows.start[n], row->values, static_cast<size_t>(count) * sizeof(float));
     }
   }
 }
 
-// Columns of the weight become rows.  The weight is read in its own order: each of `threads` parts of its rows has a
-// place in every column, found by counting first.
+// Columns of the weight become rows.  The weight is read in its own order: each of `threads` parts of its
+// rows has a place in every column, found by counting first.
 template <class T>
 void pack_transposed(const Weight& w, const Rows& rows, int threads) {
   const Direction d = direction_of(w, false);
@@ -163,8 +166,8 @@ int panel_vectors(int64_t in) {
 }
 
 template <class T>
-void transpose_panel(const Matrix& x, int64_t first, int vectors, int64_t k0, int64_t k1, const int32_t* permutation,
-                     float* panel) {
+void transpose_panel(const Matrix& x, int64_t first, int vectors, int64_t k0, int64_t k1,
+                     const int32_t* permutation, float* panel) {
   const T* data = static_cast<const T*>(x.data);
   alignas(64) float stage[kLanes];
   for (int v = 0; v < vectors; ++v)
@@ -221,8 +224,8 @@ inline void multiply_row(const Rows& rows, int64_t n, const float* panel, float*
 }
 
 template <int V, class T>
-void multiply_chunk(const Rows& rows, const float* panel, int64_t first, int64_t batch, int64_t n0, int64_t n1,
-                    const Output& y, int64_t out) {
+void multiply_chunk(const Rows& rows, const float* panel, int64_t first, int64_t batch, int64_t n0,
+                    int64_t n1, const Output& y, int64_t out) {
   alignas(64) float sum[kLanes * V * kLanes], back[kLanes];
   for (int64_t n = n0; n < n1; n += kLanes) {
     const int columns = static_cast<int>(std::min<int64_t>(kLanes, n1 - n));
@@ -280,11 +283,12 @@ void multiply_few(const Matrix& x, int64_t out, const Rows& rows, const int32_t*
 }
 
 template <int V, class T>
-void multiply_panels(const Matrix& x, int64_t out, const Rows& rows, const int32_t* permutation, const Output& y,
-                     float* scratch, int threads) {
+void multiply_panels(const Matrix& x, int64_t out, const Rows& rows, const int32_t* permutation,
+                     const Output& y, float* scratch, int threads) {
   constexpr int64_t kStep = 128;
   const int64_t wide = V * kLanes, panels = (x.rows + wide - 1) / wide, slices = (x.cols + kStep - 1) / kStep;
-  const int64_t chunk = std::max<int64_t>(kLanes, (out * panels / (16 * threads) + kLanes - 1) / kLanes * kLanes);
+  const int64_t chunk =
+      std::max<int64_t>(kLanes, (out * panels / (16 * threads) + kLanes - 1) / kLanes * kLanes);
   const int64_t chunks = (out + chunk - 1) / chunk;
 #pragma omp parallel num_threads(threads)
   {
@@ -331,9 +335,9 @@ void sample_panels(const Matrix& grad_y, const Matrix& x, const Rows& rows, cons
   constexpr int64_t kStep = 128;
   const int64_t wide = V * kLanes, panels = (x.rows + wide - 1) / wide;
   const int64_t out = grad_y.cols, in = x.cols;
-  float* const right = scratch;                           // panels of x
-  float* const left = right + panels * wide * in;         // panels of grad_y
-  float* const values = left + panels * wide * out;       // one for each nonzero
+  float* const right = scratch;                      // panels of x
+  float* const left = right + panels * wide * in;    // panels of grad_y
+  float* const values = left + panels * wide * out;  // one for each nonzero
   const int64_t in_slices = (in + kStep - 1) / kStep, out_slices = (out + kStep - 1) / kStep;
 #pragma omp parallel num_threads(threads)
   {
@@ -370,7 +374,8 @@ void sample_panels(const Matrix& grad_y, const Matrix& x, const Rows& rows, cons
       T* row = grad_w + n * in;
       std::memset(row, 0, static_cast<size_t>(in) * sizeof(T));
       if (panels)
-        for (int32_t t = rows.start[n]; t < rows.start[n + 1]; ++t) row[rows.indices[t]] = from_float<T>(values[t]);
+        for (int32_t t = rows.start[n]; t < rows.start[n + 1]; ++t)
+          row[rows.indices[t]] = from_float<T>(values[t]);
     }
   }
 }
@@ -386,13 +391,15 @@ void pack_rows(const Weight& weight, bool transposed, const Rows& rows, int thre
   });
 }
 
-void multiply_rows(const Matrix& x, int64_t out, const Rows& rows, const int32_t* input_permutation, const Output& y,
-                   float* scratch, int threads) {
+void multiply_rows(const Matrix& x, int64_t out, const Rows& rows, const int32_t* input_permutation,
+                   const Output& y, float* scratch, int threads) {
   with_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (x.rows < kLanes && x.rows <= 8)
       return multiply_few<T>(x, out, rows, input_permutation, y, scratch, threads);
-    switch (x.rows <= kLanes ? 1 : x.rows <= 2 * kLanes ? std::min(2, panel_vectors(x.cols)) : panel_vectors(x.cols)) {
+    switch (x.rows <= kLanes       ? 1
+            : x.rows <= 2 * kLanes ? std::min(2, panel_vectors(x.cols))
+                                   : panel_vectors(x.cols)) {
       case 4: return multiply_panels<4, T>(x, out, rows, input_permutation, y, scratch, threads);
       case 2: return multiply_panels<2, T>(x, out, rows, input_permutation, y, scratch, threads);
       default: return multiply_panels<1, T>(x, out, rows, input_permutation, y, scratch, threads);
@@ -401,8 +408,8 @@ void multiply_rows(const Matrix& x, int64_t out, const Rows& rows, const int32_t
 }
 
 void sample_rows(const Matrix& grad_y, const Matrix& x, const Weight& weight, const Rows& rows,
-                 const int32_t* output_permutation, const int32_t* input_permutation, void* grad_w, float* scratch,
-                 int threads) {
+                 const int32_t* output_permutation, const int32_t* input_permutation, void* grad_w,
+                 float* scratch, int threads) {
   with_type(weight.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* gw = static_cast<T*>(grad_w);

@@ -31,8 +31,12 @@ static inline Vector load(const float* p) { return *reinterpret_cast<const Unali
 static inline void store(float* p, Vector v) { *reinterpret_cast<UnalignedVector*>(p) = v; }
 static inline Vector splat(float v) { return Vector{} + v; }
 
-struct Bf16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 
 static inline float to_float(float v) { return v; }
 static inline float to_float(Bf16 v) {
@@ -61,7 +65,9 @@ static inline float to_float(F16 v) {
 template <class T>
 static inline T from_float(float v);
 template <>
-inline float from_float<float>(float v) { return v; }
+inline float from_float<float>(float v) {
+  return v;
+}
 template <>
 inline Bf16 from_float<Bf16>(float v) {  // round to nearest even; NaN stays NaN
   uint32_t word;
@@ -136,7 +142,9 @@ static inline float sum(Vector v) {
 struct Panels {
   int64_t rows, count, height, taller;
   Panels(int64_t rows_, int64_t limit)
-      : rows(rows_), count((rows_ + limit - 1) / limit), height(count ? rows_ / count : 0),
+      : rows(rows_),
+        count((rows_ + limit - 1) / limit),
+        height(count ? rows_ / count : 0),
         taller(count ? rows_ % count : 0) {}
   int64_t first(int64_t p) const { return p * height + std::min(p, taller); }
   int size(int64_t p) const { return static_cast<int>(height + (p < taller)); }

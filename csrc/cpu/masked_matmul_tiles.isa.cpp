@@ -1,4 +1,5 @@
-// Products over lists of tiles: forward, gradient to x, and the sampled product of the gradient to the weight.
+// Products over lists of tiles: forward, gradient to x, and the sampled product of the gradient to the
+// weight.
 #include "cpu/masked_matmul_kernel.h"
 
 namespace rlnas::RLNAS_ISA {
@@ -24,14 +25,16 @@ struct Offsets {
   Kinds kinds_;
 };
 
-// A 32 x 32 piece (or less) of the weight as floats, rows `stride` apart: in place where nothing must be done to it.
+// A 32 x 32 piece (or less) of the weight as floats, rows `stride` apart: in place where nothing must be done
+// to it.
 template <class T>
 struct Piece {
   alignas(64) float stage[32 * 32];
   const float* rows;
   int64_t stride;
 
-  Piece(const Weight& w, int64_t n0, int64_t rn, int64_t k0, int64_t rk, bool int8, float scale, bool complete) {
+  Piece(const Weight& w, int64_t n0, int64_t rn, int64_t k0, int64_t rk, bool int8, float scale,
+        bool complete) {
     if constexpr (std::is_same_v<T, float>)
       if (complete && !int8 && !w.bits) {
         rows = static_cast<const float*>(w.data) + n0 * w.in_features + k0;
@@ -52,7 +55,8 @@ void transpose_to(const float* from, int64_t stride, int64_t steps, int64_t widt
       Vector r[kLanes];
       for (int i = 0; i < kLanes; ++i) r[i] = load(from + (c + i) * stride + k);
       transpose(r);
-      for (int64_t j = 0; j < std::min<int64_t>(kLanes, steps - k); ++j) store(to + (k + j) * width + c, r[j]);
+      for (int64_t j = 0; j < std::min<int64_t>(kLanes, steps - k); ++j)
+        store(to + (k + j) * width + c, r[j]);
     }
 }
 
@@ -75,7 +79,8 @@ void pack_tile(const Weight& w, bool transposed, int64_t i, int64_t j, bool int8
     } else {
       const Piece<T> piece(w, s0 + s, n, o0, std::max<int64_t>(columns, 0), int8, scale, columns == width);
       for (int64_t k = 0; k < n; ++k)
-        std::memcpy(to + (s + k) * width, piece.rows + k * piece.stride, static_cast<size_t>(width) * sizeof(float));
+        std::memcpy(to + (s + k) * width, piece.rows + k * piece.stride,
+                    static_cast<size_t>(width) * sizeof(float));
     }
   }
 }
@@ -147,12 +152,13 @@ void multiply_tiles(const Matrix& x, const Direction& d, Kinds kinds, const floa
 }
 
 // grad_w[n, k] = sum over b of grad_y[b, n] * x[b, k] in live tiles: the same product, the batch inside.
-void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight, const int32_t* output_permutation,
-                  const int32_t* input_permutation, void* grad_w, float* scratch, int threads) {
+void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight,
+                  const int32_t* output_permutation, const int32_t* input_permutation, void* grad_w,
+                  float* scratch, int threads) {
   const Direction d = direction_of(weight, false);
   const int64_t width = block_width(d.tile_in), blocks = blocks_in_tile(d.tile_in), batch = x.rows;
-  float* const left = scratch;                      // [tile row][panel][batch][rows of the panel]
-  float* const right = scratch + batch * d.out;     // [tile column][block][batch][width]
+  float* const left = scratch;                   // [tile row][panel][batch][rows of the panel]
+  float* const right = scratch + batch * d.out;  // [tile column][block][batch][width]
   const int64_t words = (d.in + 31) / 32;
   const int32_t all[] = {0};
   const Chain chain{all, 1, batch, batch};
@@ -172,7 +178,8 @@ void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight, c
             const int64_t first = n0 + panels.first(p), size = panels.size(p);
             float* to = left + first * batch + b * size;
             for (int64_t r = 0; r < size; ++r)
-              to[r] = to_float(gy[b * grad_y.stride + (output_permutation ? output_permutation[first + r] : first + r)]);
+              to[r] = to_float(
+                  gy[b * grad_y.stride + (output_permutation ? output_permutation[first + r] : first + r)]);
           }
         }
 #pragma omp for schedule(static)
@@ -202,7 +209,8 @@ void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight, c
             for (int64_t p = 0; p < panels.count; ++p) {
               const int64_t first = n0 + panels.first(p);
               const int size = panels.size(p);
-              multiply_block(size, left + first * batch, right + (j * blocks + s) * batch * width, width, chain, sum);
+              multiply_block(size, left + first * batch, right + (j * blocks + s) * batch * width, width,
+                             chain, sum);
               for (int r = 0; r < size; ++r) {
                 T* to = gw + (first + r) * d.in + k0;
                 if (weight.bits) {
@@ -223,7 +231,8 @@ void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight, c
 
 // At most 8 rows of x: bound by memory, so the weight is read where it lies, once, and never packed.
 template <int B, class T>
-static void direct_row(const Weight& w, const Direction& d, const float* x, int64_t i, int64_t n, Vector* totals) {
+static void direct_row(const Weight& w, const Direction& d, const float* x, int64_t i, int64_t n,
+                       Vector* totals) {
   const int64_t words = (d.in + 31) / 32, live = d.count[2 * i] + d.count[2 * i + 1];
   alignas(64) float stage[32];
   Vector acc[B][2] = {};
@@ -289,7 +298,8 @@ void multiply_direct(const Matrix& x, const Weight& weight, const int32_t* input
     const T* const xs = static_cast<const T*>(x.data);
     for (int64_t b = 0; b < x.rows; ++b) {  // rows end in 32 zeros, so that the last piece reads no further
       float* to = scratch + b * (d.in + 32);
-      for (int64_t k = 0; k < d.in; ++k) to[k] = to_float(xs[b * x.stride + (input_permutation ? input_permutation[k] : k)]);
+      for (int64_t k = 0; k < d.in; ++k)
+        to[k] = to_float(xs[b * x.stride + (input_permutation ? input_permutation[k] : k)]);
       std::memset(to + d.in, 0, 32 * sizeof(float));
     }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)

@@ -263,14 +263,19 @@ def test_operators_follow_their_schema() -> None:
     y, lse = torch.ops.rlnas_fast.nonlocal_attention.default(theta, phi, g, "auto")
     backward = (torch.randn_like(y), theta, phi, g, y, lse, "auto")
     torch.library.opcheck(torch.ops.rlnas_fast.nonlocal_attention_backward.default, backward)
-    for save, pool in itertools.product((False, True), (1, 2)):
-        x, weights = block_operands(((2, 6, 5, 4), 3, 4, pool), torch.float32)
-        block = (x, *weights, [pool, pool], True, save, "auto")
+    for kind, save in itertools.product(("embedded_gaussian", "dot_product"), (False, True)):
+        x, weights = block_operands(((2, 6, 5, 4), 3, 4, 2), torch.float32)
+        block = (x, *weights, [2, 2], True, save, kind)
         torch.library.opcheck(torch.ops.rlnas_fast.nonlocal_block.default, block)
     z, saved = torch.ops.rlnas_fast.nonlocal_block.default(*block)
     torch.library.opcheck(
         torch.ops.rlnas_fast.nonlocal_block_backward.default,
-        (torch.randn_like(z), x, *weights, saved, [2, 2], True, "auto"),
+        (torch.randn_like(z), x, *weights, saved, [2, 2], True, "dot_product"),
+    )
+    rows = (torch.randn(2, 5), torch.randn(2, 4), torch.randn(2, 4, 3))
+    torch.library.opcheck(torch.ops.rlnas_fast.concatenation_attention.default, rows)
+    torch.library.opcheck(
+        torch.ops.rlnas_fast.concatenation_attention_backward.default, (torch.randn(2, 5, 3), *rows)
     )
 
 

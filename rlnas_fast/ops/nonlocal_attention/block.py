@@ -77,25 +77,25 @@ def nonlocal_block(
         return reference.nonlocal_block(
             x, theta, phi, g, out, biases=biases, pair=pair, kind=kind, pool=tuple(windows), residual=residual
         )
-    if kind == "embedded_gaussian" and theta is not None and phi is not None:
+    if theta is not None and phi is not None:
         weights = (theta, phi, g, out)
-        if fused_kernels(x, weights, biases, windows, backend):
+        if fused_kernels(kind, x, weights, biases, windows, backend):
             tensors = (x, *weights, *biases)
             if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
-                z: torch.Tensor = _Block.apply(windows, residual, backend, *tensors)
+                z: torch.Tensor = _Block.apply(windows, residual, kind, *tensors)
                 return z
-            return _forward_op(*tensors, windows, residual, False, backend)[0]
+            return _forward_op(*tensors, windows, residual, False, kind)[0]
     return _composed(x, theta, phi, g, out, biases, pair, kind, windows, residual, backend)
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, windows: list[int], residual: bool, backend: str, *tensors: torch.Tensor | None
+        ctx: Any, windows: list[int], residual: bool, kind: str, *tensors: torch.Tensor | None
     ) -> torch.Tensor:
-        z, saved = _forward_op(*tensors, windows, residual, True, backend)
+        z, saved = _forward_op(*tensors, windows, residual, True, kind)
         ctx.save_for_backward(*tensors, *saved)
-        ctx.settings = windows, residual, backend
+        ctx.settings = windows, residual, kind
         return z
 
     @staticmethod
@@ -164,13 +164,20 @@ def project(
 
 
 def fused_kernels(
-    x: torch.Tensor, weights: tuple[torch.Tensor, ...], biases: Biases, windows: list[int], backend: str
+    kind: str,
+    x: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    biases: Biases,
+    windows: list[int],
+    backend: str,
 ) -> str:
-    """Returns ``cpu`` or ``triton``, whose fused softmax block takes these operands, or nothing."""
+    """Returns ``cpu`` or ``triton``, whose fused block takes these operands, or nothing."""
+    if kind not in ("embedded_gaussian", "dot_product"):
+        return ""
     name = kernels_name(backend, x.device.type, x.dtype)
     if math.prod(windows) > LARGEST_WINDOW or not all(weight.is_contiguous() for weight in weights):
         return ""
-    if name == "triton":
+    if name == "triton" and kind == "embedded_gaussian":
         from rlnas_fast.ops.nonlocal_attention import triton_block
 
         return name if triton_block.supports(x, triton_block.Projections(*weights, *biases)) else ""
@@ -261,12 +268,12 @@ _TENSORS = (
 )
 _library = torch.library.Library("rlnas_fast", "FRAGMENT")
 _library.define(
-    f"nonlocal_block({_TENSORS}, int[] pool, bool residual, bool save, str backend)"
+    f"nonlocal_block({_TENSORS}, int[] pool, bool residual, bool save, str kind)"
     " -> (Tensor z, Tensor[] saved)"
 )
 _library.define(
     f"nonlocal_block_backward(Tensor grad_z, {_TENSORS}, Tensor[] saved, int[] pool, bool residual,"
-    " str backend) -> Tensor[]"
+    " str kind) -> Tensor[]"
 )
 
 
@@ -278,9 +285,9 @@ def _split(
 
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    x, weights, biases, (windows, residual, save, _) = _split(arguments)
+    x, weights, biases, (windows, residual, save, kind) = _split(arguments)
     if x.device.type == "cpu":
-        z, saved = cpu.block_forward(x, weights, biases, windows, residual, save)
+        z, saved = cpu.block_forward(kind, x, weights, biases, windows, residual, save)
     else:
         from rlnas_fast.ops.nonlocal_attention import triton_block
 
@@ -291,10 +298,10 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def _backward(grad_z: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
-    x, weights, biases, (saved, windows, residual, _) = _split(arguments)
+    x, weights, biases, (saved, windows, residual, kind) = _split(arguments)
     if x.device.type == "cpu":
         grad_x, grad_weights, grad_biases = cpu.block_backward(
-            grad_z, x, weights, biases, cpu.Saved(*saved), windows, residual
+            kind, grad_z, x, weights, biases, cpu.Saved(*saved), windows, residual
         )
         return [grad_x, *grad_weights, *(grad for grad in grad_biases if grad is not None)]
     from rlnas_fast.ops.nonlocal_attention import triton_block
@@ -312,12 +319,12 @@ def _backward(grad_z: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
 
 @torch.library.register_fake("rlnas_fast::nonlocal_block", lib=_library)
 def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    x, weights, _, (windows, _, save, _) = _split(arguments)
+    x, weights, _, (windows, _, save, kind) = _split(arguments)
     z = torch.empty_like(x)
     if not save:
         return z, []
     if x.device.type == "cpu":
-        return z, list(cpu.empty_saved(x, weights, windows))
+        return z, list(cpu.empty_saved(kind, x, weights, windows))
     batch, space = x.shape[0], x.shape[2:]
     inner, width, positions = weights[0].shape[0], weights[2].shape[0], math.prod(space)
     keys = math.prod(size // window for size, window in zip(space, windows, strict=True))
@@ -343,29 +350,35 @@ _backward_op = torch.ops.rlnas_fast.nonlocal_block_backward.default
 
 
 def block_flops(
-    x: Sequence[int], theta: Sequence[int], g: Sequence[int], pool: Sequence[int]
+    kind: str, x: Sequence[int], theta: Sequence[int], g: Sequence[int], pool: Sequence[int]
 ) -> tuple[int, int]:
-    """Returns the FLOPs of the softmax block's forward and backward: 2 a multiply-add."""
+    """Returns the FLOPs of a fused block's forward and backward: 2 a multiply-add."""
     batch, channels, positions = x[0], x[1], math.prod(x[2:])
+    inner, width = theta[0], g[0]
     keys = math.prod(size // window for size, window in zip(x[2:], pool, strict=True))
-    projections = positions * channels * (2 * theta[0] + 2 * g[0])
-    attention = positions * keys
-    return (
-        2 * batch * (projections + attention * (theta[0] + g[0])),
-        2 * batch * (2 * projections + attention * (3 * theta[0] + 2 * g[0])),
-    )
+    projections = positions * channels * (2 * inner + width)
+    output = positions * channels * width
+    if kind == "embedded_gaussian":
+        forward = projections + output + positions * keys * (inner + width)
+        backward = 2 * (projections + output) + positions * keys * (3 * inner + 2 * width)
+    else:
+        small, mixed = keys * inner * width, channels * inner * width
+        output = positions * channels * inner
+        forward = projections + output + small + mixed
+        backward = 2 * (projections + output + small) + 3 * mixed
+    return 2 * batch * forward, 2 * batch * backward
 
 
 def _register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     def forward_flops(x: Any, theta: Any, phi: Any, g: Any, out: Any, *rest: Any, **_: Any) -> int:
-        return block_flops(x, theta, g, rest[4])[0]
+        return block_flops(rest[7], x, theta, g, rest[4])[0]
 
     def backward_flops(
         grad_z: Any, x: Any, theta: Any, phi: Any, g: Any, out: Any, *rest: Any, **_: Any
     ) -> int:
-        return block_flops(x, theta, g, rest[5])[1]
+        return block_flops(rest[7], x, theta, g, rest[5])[1]
 
     register_flop_formula(torch.ops.rlnas_fast.nonlocal_block)(forward_flops)
     register_flop_formula(torch.ops.rlnas_fast.nonlocal_block_backward)(backward_flops)

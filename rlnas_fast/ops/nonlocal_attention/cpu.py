@@ -99,13 +99,13 @@ def _attention_sizes(theta: torch.Tensor, g: torch.Tensor) -> tuple[int, ...]:
 
 
 def block_forward(
-    x: torch.Tensor, weights: Weights, biases: Biases, pool: list[int], residual: bool, save: bool
+    kind: str, x: torch.Tensor, weights: Weights, biases: Biases, pool: list[int], residual: bool, save: bool
 ) -> tuple[torch.Tensor, Saved | None]:
-    """The whole softmax block, and what its backward needs if ``save``."""
+    """The whole block of kind embedded_gaussian or dot_product, and what its backward needs if ``save``."""
     z = torch.empty_like(x)
-    saved = empty_saved(x, weights, pool) if save else None
+    saved = empty_saved(kind, x, weights, pool) if save else None
     native.cpu().nonlocal_block_forward(
-        *_block_arguments(x, weights, biases, pool, residual),
+        *_block_arguments(kind, x, weights, biases, pool, residual),
         x.data_ptr(),
         _strides(x),
         z.data_ptr(),
@@ -116,6 +116,7 @@ def block_forward(
 
 
 def block_backward(
+    kind: str,
     grad_z: torch.Tensor,
     x: torch.Tensor,
     weights: Weights,
@@ -129,7 +130,7 @@ def block_backward(
     grad_weights = [torch.empty_like(weight, dtype=torch.float32) for weight in weights]
     grad_biases = [None if bias is None else torch.empty_like(bias, dtype=torch.float32) for bias in biases]
     native.cpu().nonlocal_block_backward(
-        *_block_arguments(x, weights, biases, pool, residual),
+        *_block_arguments(kind, x, weights, biases, pool, residual),
         x.data_ptr(),
         _strides(x),
         grad_z.data_ptr(),
@@ -145,17 +146,18 @@ def block_backward(
     return grad_x, grad_weights, grad_biases
 
 
-def empty_saved(x: torch.Tensor, weights: Weights, pool: list[int]) -> Saved:
+def empty_saved(kind: str, x: torch.Tensor, weights: Weights, pool: list[int]) -> Saved:
     """Allocates what the forward fills for the backward."""
     batch, space = x.shape[0], x.shape[2:]
     inner, value = weights[0].shape[0], weights[2].shape[0]
     positions = math.prod(space)
     keys = math.prod(size // window for size, window in zip(space, pool, strict=True))
+    softmax = kind == "embedded_gaussian"
     pooled = keys if any(window > 1 for window in pool) else 0
     return Saved(
         x.new_empty((batch, positions, 2 * inner + value), dtype=torch.float32),
-        x.new_empty((batch, positions, value), dtype=torch.float32),
-        x.new_empty((batch, positions), dtype=torch.float32),
+        x.new_empty((batch, positions, value) if softmax else (batch, value, inner), dtype=torch.float32),
+        x.new_empty((batch, positions if softmax else 0), dtype=torch.float32),
         x.new_empty((batch, pooled, inner + value), dtype=torch.uint8),
     )
 
@@ -166,11 +168,12 @@ def _pointers(tensors: Sequence[torch.Tensor | None]) -> list[int]:
 
 
 def _block_arguments(
-    x: torch.Tensor, weights: Weights, biases: Biases, pool: list[int], residual: bool
+    kind: str, x: torch.Tensor, weights: Weights, biases: Biases, pool: list[int], residual: bool
 ) -> tuple[object, ...]:
     theta, _, g, _ = weights
     missing = 5 - x.dim()
     return (
+        kind == "embedded_gaussian",
         (x.shape[0], x.shape[1], theta.shape[0], g.shape[0]),
         (1,) * missing + tuple(x.shape[2:]),
         (1,) * missing + tuple(pool),

@@ -1,0 +1,210 @@
+// What the fused blocks share: work over images, weights in float32, pooled keys, gradients of the weights.
+//
+// One parallel region a call.  With enough images a thread takes whole images, whose projections then stay in its
+// cache; otherwise the team shares the tiles of one image after another, so that a batch of one is parallel too.
+// Included by *.isa.cpp only.
+#pragma once
+
+#include <omp.h>
+
+#include <vector>
+
+#include "cpu/nonlocal_core.h"
+
+namespace rlnas::RLNAS_ISA {
+namespace {
+
+constexpr int64_t kRowBlock = 128;  // positions whose rows stay in the second-level cache through a product
+
+// A loop over tasks: alone, or shared by the team, which then meets at its end.
+template <class F>
+void share(bool team, int64_t count, F task) {
+  if (!team) {
+    for (int64_t i = 0; i < count; i++) task(i);
+    return;
+  }
+#pragma omp for schedule(runtime)
+  for (int64_t i = 0; i < count; i++) task(i);
+}
+
+// Runs task(image, team) for every image.  Static schedules make sums over threads reproducible.
+template <class F>
+void over_images(int64_t batch, int threads, bool deterministic, F task) {
+  const bool team = threads > 1 && batch % threads != 0 && batch < 4 * threads;
+  omp_sched_t kind;
+  int chunk;
+  omp_get_schedule(&kind, &chunk);
+  omp_set_schedule(deterministic ? omp_sched_static : omp_sched_dynamic, 1);
+#pragma omp parallel num_threads(threads)
+  {
+    if (team)
+      for (int64_t b = 0; b < batch; b++) task(b, true);
+    else
+      share(true, batch, [&](int64_t b) { task(b, false); });
+  }
+  omp_set_schedule(kind, chunk);
+}
+
+int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+struct Range {
+  int64_t first, last;
+  Range(int64_t block, int64_t size, int64_t count) : first(block * size), last(std::min(first + size, count)) {}
+  int64_t count() const { return last - first; }
+};
+
+// Sums the columns of rows [count] onto total, in parts: see kChain.
+void add_columns(Rows rows, int64_t count, int64_t columns, float* total) {
+  for (int64_t c = 0; c < columns; c += kWidth) {
+    const int64_t some = std::min<int64_t>(kWidth, columns - c);
+    Vec sum = load_some(total + c, some);
+    for (int64_t n = 0; n < count;) {
+      Vec part = {};
+      for (const int64_t end = std::min(count, n + 16); n < end; n++) part += load_some(rows.at(n) + c, some);
+      sum += part;
+    }
+    store_some(total + c, sum, some);
+  }
+}
+
+void add_bias(Rows rows, int64_t count, int64_t columns, const float* bias) {
+  for (int64_t n = 0; n < count; n++)
+    for (int64_t c = 0; c < columns; c++) rows.at(n)[c] += bias[c];
+}
+
+// A dense matrix [rows][columns] of any dtype as float32.
+void to_float(DType dtype, const void* from, int64_t count, float* to) {
+  with_dtype(dtype, [&](auto type) {
+    using D = decltype(type);
+    const auto* typed = static_cast<const typename D::Stored*>(from);
+    for (int64_t i = 0; i < count; i++) to[i] = typed ? D::read(typed[i]) : 0.0f;
+  });
+}
+
+// Panels of a right operand [depth][columns] or, transposed, of [columns][depth].
+Right packed(const float* from, int64_t depth, int64_t columns, bool transposed, std::vector<float>& buffer) {
+  const int64_t stride = kPanel * depth;
+  buffer.assign(blocks_of(columns, kPanel) * stride, 0.0f);
+  for (int64_t n = 0; n < columns; n += kPanel) {
+    const int64_t some = std::min<int64_t>(kPanel, columns - n);
+    float* panel = buffer.data() + n / kPanel * stride;
+    if (transposed)
+      transpose(from + n * depth, depth, some, depth, panel, kPanel);
+    else
+      for (int64_t k = 0; k < depth; k++)
+        std::memcpy(panel + k * kPanel, from + k * columns + n, sizeof(float) * some);
+  }
+  return {buffer.data(), kPanel, stride};
+}
+
+// The block's sizes, and its weights in float32: projection [L][C] of theta, phi and g in turn, and out [C][E].
+struct Block {
+  const BlockShape& shape;
+  int64_t C, D, E, L, N, M, pooled[3];
+  bool has_bias;
+  std::vector<float> projection, bias, out, out_bias;
+
+  Block(const BlockShape& s, const BlockWeights& w)
+      : shape(s), C(s.channels), D(s.inner), E(s.value), L(2 * D + E), N(1), M(1), has_bias(w.theta_bias || w.out_bias) {
+    for (int i = 0; i < 3; i++) {
+      pooled[i] = s.space[i] / s.pool[i];
+      N *= s.space[i];
+      M *= pooled[i];
+    }
+    projection.resize(L * C);
+    bias.resize(L);
+    out.resize(C * E);
+    out_bias.resize(C);
+    to_float(w.dtype, w.theta, D * C, projection.data());
+    to_float(w.dtype, w.phi, D * C, projection.data() + D * C);
+    to_float(w.dtype, w.g, E * C, projection.data() + 2 * D * C);
+    to_float(w.dtype, w.theta_bias, D, bias.data());
+    to_float(w.dtype, w.phi_bias, D, bias.data() + D);
+    to_float(w.dtype, w.g_bias, E, bias.data() + 2 * D);
+    to_float(w.dtype, w.out, C * E, out.data());
+    to_float(w.dtype, w.out_bias, C, out_bias.data());
+  }
+
+  bool pools() const { return M != N; }
+
+  // Position of element `place` of the window of pooled key m.
+  int64_t position(int64_t m, int64_t place) const {
+    const auto &p = shape.pool, &s = shape.space;
+    const int64_t w = m % pooled[2] * p[2] + place % p[2];
+    const int64_t h = m / pooled[2] % pooled[1] * p[1] + place / p[2] % p[1];
+    const int64_t t = m / pooled[2] / pooled[1] * p[0] + place / p[2] / p[1];
+    return (t * s[1] + h) * s[2] + w;
+  }
+  int64_t window() const { return shape.pool[0] * shape.pool[1] * shape.pool[2]; }
+
+  // Pooled phi and g of keys [first, last) and where in the window each came from; the first of equals, NaN wins.
+  void pool_keys(Range keys, const float* rows, float* to, uint8_t* winners) const {
+    const int64_t width = D + E;
+    for (int64_t m = keys.first; m < keys.last; m++) {
+      float* best = to + m * width;
+      uint8_t* winner = winners + m * width;
+      std::memcpy(best, rows + position(m, 0) * L + D, sizeof(float) * width);
+      std::memset(winner, 0, width);
+      for (int64_t place = 1; place < window(); place++) {
+        const float* from = rows + position(m, place) * L + D;
+        for (int64_t c = 0; c < width; c++) {
+          const bool wins = from[c] > best[c] || from[c] != from[c];
+          best[c] = wins ? from[c] : best[c];
+          winner[c] = wins ? static_cast<uint8_t>(place) : winner[c];
+        }
+      }
+    }
+  }
+
+  KeyValue keys_of(float* rows, float* pooled_rows) const {
+    return pools() ? KeyValue{{pooled_rows, D + E}, {pooled_rows + D, D + E}, M}
+                   : KeyValue{{rows + D, L}, {rows + 2 * D, L}, N};
+  }
+};
+
+// Gradients of the weights: one sum a thread, added up in the order of the threads.
+class WeightSums {
+ public:
+  WeightSums(const Block& block, int threads) : k_(block), parts_(threads, std::vector<float>(size(), 0.0f)) {}
+
+  float* out(int thread) { return parts_[thread].data() + k_.L * k_.C; }
+
+  // Adds the share of some positions; without `attention` that of W_z is left to the caller.
+  void add(int thread, int64_t count, Rows x, Rows grad_z, Rows attention, Rows grads) {
+    float *projection = parts_[thread].data(), *out = projection + k_.L * k_.C, *bias = out + k_.C * k_.E;
+    gemm<Order::depth_major>(k_.L, k_.C, count, {grads.data, grads.ld}, {x.data, x.ld},
+                             {projection, k_.C, projection, k_.C});
+    if (attention.data)
+      gemm<Order::depth_major>(k_.C, k_.E, count, {grad_z.data, grad_z.ld}, {attention.data, attention.ld},
+                               {out, k_.E, out, k_.E});
+    if (!k_.has_bias) return;
+    add_columns(grads, count, k_.L, bias);
+    add_columns(grad_z, count, k_.C, bias + k_.L);
+  }
+
+  void store(const BlockGradients& to) {
+    for (size_t part = 1; part < parts_.size(); part++)
+      for (size_t i = 0; i < size(); i++) parts_[0][i] += parts_[part][i];
+    const float* from = parts_[0].data();
+    const auto take = [&](float* target, int64_t count) {
+      if (target) std::memcpy(target, from, sizeof(float) * count);
+      from += count;
+    };
+    take(to.theta, k_.D * k_.C);
+    take(to.phi, k_.D * k_.C);
+    take(to.g, k_.E * k_.C);
+    take(to.out, k_.C * k_.E);
+    take(to.theta_bias, k_.D);
+    take(to.phi_bias, k_.D);
+    take(to.g_bias, k_.E);
+    take(to.out_bias, k_.C);
+  }
+
+ private:
+  size_t size() const { return k_.L * k_.C + k_.C * k_.E + k_.L + k_.C; }
+  const Block& k_;
+  std::vector<std::vector<float>> parts_;
+};
+
+}  // namespace
+}  // namespace rlnas::RLNAS_ISA
