@@ -90,6 +90,47 @@ __device__ void copy_box(uint32_t target, const CUtensorMap* map, int column, in
       : "memory");
 }
 
+// Keeps an operand of wgmma where it is until here: the tensor cores read and write registers behind the compiler's back.
+template <int kCount>
+__device__ void hold(uint32_t (&values)[kCount]) {
+#pragma unroll
+  for (uint32_t& value : values) asm volatile("" : "+r"(value)::"memory");
+}
+template <int kCount>
+__device__ void hold(float (&values)[kCount]) {
+#pragma unroll
+  for (float& value : values) asm volatile("" : "+f"(value)::"memory");
+}
+
+// The in-features of a row's live tiles, 64 at a time.
+struct Walk {
+  const int32_t* tile;
+  int tile_ins, within = 0;
+
+  __device__ int column() const { return __ldg(tile) * tile_ins + within; }
+  __device__ void advance() {
+    within += kStep;
+    if (within == tile_ins) {
+      within = 0;
+      ++tile;
+    }
+  }
+};
+
+// A place in the ring, and the parity of its round.
+template <int kStages>
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 __device__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t result;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
@@ -227,12 +268,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       uint32_t same_samples = 0;
       for (int other = 0; other < along_rows; ++other) same_samples |= 1u << (other * along_batch + block_batch);
       const int part_rows = (kTransposed ? kStep : kRows) / along_batch, part_samples = S::kBatch / along_rows;
-      for (int step = 0; step < steps; ++step) {
-        const int stage = step % S::kStages;
-        if (step >= S::kStages) barrier_wait(empty + 8 * stage, (step / S::kStages - 1) & 1);
-        const int column = __ldg(tiles + step / parts) * axes.tile_ins + step % parts * kStep;
-        const uint32_t target = ring + stage * S::kStageBytes, inputs = target + S::kWeightBytes;
-        const uint32_t barrier = full + 8 * stage;
+      Walk walk{tiles, axes.tile_ins};
+      Turn<S::kStages> turn;
+      for (int step = 0; step < steps; ++step, walk.advance(), turn.advance()) {
+        if (step >= S::kStages) barrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
+        const int column = walk.column();
+        const uint32_t target = ring + turn.stage * S::kStageBytes, inputs = target + S::kWeightBytes;
+        const uint32_t barrier = full + 8 * turn.stage;
         barrier_expect(barrier, S::kStageBytes);
         const int first_part = block_batch * part_rows;
         const uint32_t readers = along_batch > 1 ? same_rows : 0;
@@ -261,19 +303,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp_row = group_row + warp % 4 * 16;
   const int upper_row = min(first_row + warp_row + lane / 4, axes.outs - 1);
   const int lower_row = min(upper_row + 8, axes.outs - 1);
+  Walk walk{tiles, axes.tile_ins};
+  const uint32_t* const upper_words = kBits ? bits + upper_row * static_cast<int64_t>(words) : nullptr;
+  const uint32_t* const lower_words = kBits ? bits + lower_row * static_cast<int64_t>(words) : nullptr;
   auto read_bits = [&](int step, uint2& upper, uint2& lower) {
     upper = lower = make_uint2(0, 0);
     if (step >= steps) return;
-    const int column = __ldg(tiles + step / parts) * axes.tile_ins + step % parts * kStep;
+    const int column = walk.column();
+    walk.advance();
     if (column >= axes.ins) return;
-    upper = *reinterpret_cast<const uint2*>(bits + upper_row * static_cast<int64_t>(words) + column / 32);
-    lower = *reinterpret_cast<const uint2*>(bits + lower_row * static_cast<int64_t>(words) + column / 32);
+    upper = *reinterpret_cast<const uint2*>(upper_words + column / 32);
+    lower = *reinterpret_cast<const uint2*>(lower_words + column / 32);
   };
 
   float d[64];
 #pragma unroll
   for (float& value : d) value = 0.0f;
-  uint32_t a[16], next[16];
+  uint32_t a[16] = {}, next[16] = {};
   uint2 upper{}, lower{}, next_upper{}, next_lower{};
   if constexpr (kBits) {
     read_bits(0, upper, lower);
@@ -283,22 +329,25 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_wait(full, 0);
     load_weights<kTransposed, kBits>(a, ring, warp_row, upper, lower);
   }
+  Turn<S::kStages> turn;
   for (int step = 0; step < steps; ++step) {
-    const int stage = step % S::kStages;
+    const int stage = turn.stage;
     const uint64_t right = descriptor(ring + stage * S::kStageBytes + S::kWeightBytes + group_sample * kRowBytes);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < 4; ++k) multiply<T>(d, a + 4 * k, right + 2 * k);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    turn.advance();
     if (step + 1 < steps) {
-      const int next_stage = (step + 1) % S::kStages;
       upper = next_upper;
       lower = next_lower;
       if constexpr (kBits) read_bits(step + 2, next_upper, next_lower);
-      barrier_wait(full + 8 * next_stage, (step + 1) / S::kStages & 1);
-      load_weights<kTransposed, kBits>(next, ring + next_stage * S::kStageBytes, warp_row, upper, lower);
+      barrier_wait(full + 8 * turn.stage, turn.parity);
+      load_weights<kTransposed, kBits>(next, ring + turn.stage * S::kStageBytes, warp_row, upper, lower);
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    hold(a);
+    hold(d);
     if (partners >> lane & 1) barrier_arrive(empty + 8 * stage, lane);
 #pragma unroll
     for (int i = 0; i < 16; ++i) a[i] = next[i];
