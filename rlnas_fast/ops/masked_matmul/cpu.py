@@ -68,7 +68,7 @@ def pack(weight: torch.Tensor, mask: TileTensors, kernel: str, *, transposed: bo
         transposed: for the gradient to x.
     """
     weight = weight.detach().contiguous()
-    frozen = TileTensors(*(v.clone() if isinstance(v, torch.Tensor) else v for v in mask))
+    frozen = mask.map(torch.Tensor.clone)
     if kernel == "dense":
         return Packed(kernel, frozen, effective_weight(weight, mask), ())
     if kernel == "tiles":
@@ -241,7 +241,7 @@ def _dense(
 
 
 def _dense_weight(weight: torch.Tensor, mask: TileTensors) -> torch.Tensor:
-    keep, int8, weights, _ = mask.stats.tolist()
+    _, int8, weights, _ = mask.stats.tolist()
     if not int8 and weights == weight.numel():
         return weight
     return effective_weight(weight, mask)
@@ -294,7 +294,7 @@ def _pack_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if max(mask.shape) > 1 << 16:
         raise ConfigError(
-            f"backend 'rows' has 16-bit indices, so at most 65536 features, got a weight of {list(mask.shape)}"
+            f"backend 'rows' takes at most 65536 features (16-bit indices), got {list(mask.shape)}"
         )
     count, out = int(mask.stats[2]), mask.shape[transposed]
 
@@ -347,7 +347,7 @@ _local = threading.local()
 
 
 def _workspace(name: str, size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Returns memory that this thread keeps for the next call: fresh pages would cost more than some products."""
+    """Returns memory that this thread keeps for its next call: fresh pages cost more than some products."""
     rooms: dict[str, torch.Tensor] = _local.__dict__.setdefault("rooms", {})
     room = rooms.get(name)
     if room is None or room.numel() < size:

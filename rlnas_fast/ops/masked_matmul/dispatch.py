@@ -29,7 +29,9 @@ def check_backend(backend: str, device: torch.device) -> None:
     if backend in ("auto", "reference"):
         return
     if device.type == "cuda" and backend in CPU_KERNELS[1:]:
-        raise KernelUnavailable(f"backend {backend!r} runs on a CPU, but x is on {device}; use 'auto' or 'triton'")
+        raise KernelUnavailable(
+            f"backend {backend!r} runs on a CPU, but x is on {device}; use 'auto' or 'triton'"
+        )
     if device.type != "cuda" and backend in GPU_BACKENDS:
         raise KernelUnavailable(f"backend {backend!r} needs a CUDA device, but x is on {device}; use 'auto'")
     if device.type == "cuda" and backend in GPU_BACKENDS:
@@ -57,7 +59,7 @@ def gpu_backend(function: str, backend: str = "auto") -> ModuleType:
 def gpu_product(
     function: str, x: torch.Tensor, weight: torch.Tensor, mask: TileTensors, backend: str, *options: bool
 ) -> ModuleType:
-    """Returns the GPU module for ``forward`` or ``grad_input``: CUDA C++ where it covers a case, else Triton."""
+    """Returns the module for ``forward`` or ``grad_input``: CUDA C++ where it covers a case, or Triton."""
     if backend == "auto":
         cuda = _module("cuda")
         refuses = getattr(cuda, f"{function}_refusal")
@@ -71,4 +73,6 @@ def _module(backend: str) -> ModuleType:
     try:
         return importlib.import_module(f"rlnas_fast.ops.masked_matmul.{stem}")
     except ImportError as error:
-        raise KernelUnavailable(f"backend {backend!r} cannot be imported ({error}); install triton") from error
+        raise KernelUnavailable(
+            f"backend {backend!r} cannot be imported ({error}); install triton"
+        ) from error

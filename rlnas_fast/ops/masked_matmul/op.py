@@ -2,19 +2,23 @@
 
 Dispatch contract for CUDA tensors.  ``triton_kernels`` and ``cuda`` in this folder each expose
 
-- ``unavailable_reason() -> str | None``: ``None`` where the kernels can run, else one line (why, and the remedy);
-- ``forward(x, weight, mask, bias, int8_activations=False) -> y``: x [B, K] (stride 1 in its last dimension, any row
-  stride), weight [N, K] contiguous, same dtype (float32 | bfloat16 | float16); bias [N] or None; y [B, N] contiguous;
+- ``unavailable_reason() -> str | None``: ``None`` where the kernels can run, else one line (why, and the
+  remedy);
+- ``forward(x, weight, mask, bias, int8_activations=False) -> y``: x [B, K] (stride 1 in its last dimension,
+  any row stride), weight [N, K] contiguous, same dtype (float32 | bfloat16 | float16); bias [N] or None; y
+  [B, N] contiguous;
 - ``grad_input(grad_y, weight, mask) -> grad_x`` [B, K]: int8 tiles act through ``scale * payload``;
-- ``grad_weight(grad_y, x, mask) -> grad_w`` [N, K], dense layout, exactly 0 off the mask (a sampled dense-dense
-  product; int8 tiles are straight-through: treated like keep tiles);
-- ``update_lists(mask) -> None``: fills counts, lists and stats from ``state`` and ``bits``, in place, no host sync;
-- ``pack_mask(dense, mask) -> None``: bool [N, K] to ``bits`` and ``state`` in place (a tile without kept weights
-  becomes prune, a pruned tile with kept weights becomes keep, int8 tiles with kept weights stay int8), then
-  ``update_lists``; one memory-bound pass, no host sync.
+- ``grad_weight(grad_y, x, mask) -> grad_w`` [N, K], dense layout, exactly 0 off the mask (a sampled
+  dense-dense product; int8 tiles are straight-through: treated like keep tiles);
+- ``update_lists(mask) -> None``: fills counts, lists and stats from ``state`` and ``bits``, in place, no host
+  sync;
+- ``pack_mask(dense, mask) -> None``: bool [N, K] to ``bits`` and ``state`` in place (a tile without kept
+  weights becomes prune, a pruned tile with kept weights becomes keep, int8 tiles with kept weights stay
+  int8), then ``update_lists``; one memory-bound pass, no host sync.
 
-``mask`` is a ``TileTensors``.  B, N or K may be 0 and lists may be empty: the result is zeros plus bias.  Inputs were
-checked before the call.  A backend lacking one of these functions simply does not define it, and the other is asked.
+``mask`` is a ``TileTensors``.  B, N or K may be 0 and lists may be empty: the result is zeros plus
+bias.  Inputs were checked before the call.  A backend lacking one of these functions simply does not define
+it, and the other is asked.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from rlnas_fast.errors import ConfigError, ShapeError
-from rlnas_fast.ops.masked_matmul import cpu
+from rlnas_fast.ops.masked_matmul import cost_model, cpu
 from rlnas_fast.ops.masked_matmul.dispatch import check_backend, gpu_backend, gpu_product
 from rlnas_fast.ops.masked_matmul.reference import effective_weight, masked_matmul_reference
 from rlnas_fast.ops.masked_matmul.tile_mask import TileMask, TileTensors
@@ -49,9 +53,9 @@ def masked_matmul(
 ) -> torch.Tensor:
     """Computes ``y = x (W o M)^T + b`` without touching what the mask leaves out.
 
-    Gradients: x, weight (``(gy^T x) o M``, exactly 0 off the mask; int8 tiles are straight-through), bias, twice
-    differentiable unless there are int8 tiles; and a real-valued mask (``(gy^T x) o W``), for which the product is
-    dense.  Sums are in float32 for every dtype.
+    Gradients: x, weight (``(gy^T x) o M``, exactly 0 off the mask; int8 tiles are straight-through), bias,
+    twice differentiable unless there are int8 tiles; and a real-valued mask (``(gy^T x) o W``), for which the
+    product is dense.  Sums are in float32 for every dtype.
 
     A pruned weight contributes nothing, but where x is infinite or NaN against a pruned weight it is not said
     whether y becomes NaN (as in the dense product) or not (where the weight was skipped).
@@ -60,14 +64,16 @@ def masked_matmul(
         x: [..., K], float32 | bfloat16 | float16, any strides.  Under autocast x, weight and bias are cast as
             ``F.linear`` would.
         weight: [N, K] in x's dtype.
-        mask: bool [N, K]; or ``TileMask``; or a real-valued [N, K] that multiplies the weight and has a gradient.
+        mask: bool [N, K]; or ``TileMask``; or a real-valued [N, K] that multiplies the weight and has a
+            gradient.
         bias: [N] or None.
-        int8_activations: int8 tiles see x quantised per row to 8 bits; the reference is that integer arithmetic.
+        int8_activations: int8 tiles see x quantised per row to 8 bits; the reference is that integer
+            arithmetic.
         backend: ``"auto"`` asks this device's measured cost model; else ``"dense"`` (mask fused into a dense
-            product's weight), ``"tiles"``, ``"rows"`` (unstructured), ``"direct"`` (at most 8 rows of x, nothing is
-            packed), ``"reference"``, on a GPU ``"triton"`` or ``"cuda"``.
-        packed: what ``pack`` made of this weight and mask, to skip that work; no gradients.  It is not compared
-            with weight and mask: make it anew when they change.
+            product's weight), ``"tiles"``, ``"rows"`` (unstructured), ``"direct"`` (at most 8 rows of x,
+            nothing is packed), ``"reference"``, on a GPU ``"triton"`` or ``"cuda"``.
+        packed: what ``pack`` made of this weight and mask, to skip that work; no gradients.  It is not
+            compared with weight and mask: make it anew when they change.
 
     Returns:
         [..., N] in x's dtype, contiguous.
@@ -77,8 +83,8 @@ def masked_matmul(
         ConfigError: a dtype that is not supported, or an unknown backend.
         KernelUnavailable: the backend cannot run here; says why.
 
-    Source: the product of Gray et al. (2017), GPU kernels for block-sparse weights, and its sampled dense-dense
-    gradient; here the mask is an argument, so it may change at every call.
+    Source: the product of Gray et al. (2017), GPU kernels for block-sparse weights, and its sampled
+    dense-dense gradient; here the mask is an argument, so it may change at every call.
     """
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias)
@@ -100,17 +106,20 @@ def masked_matmul(
 
 
 def pack(weight: torch.Tensor, mask: TileMask, *, batch: int = 64, backend: str = "auto") -> Packed:
-    """Brings a weight and its mask into the form of the fastest kernel, for products in which neither changes.
+    """Brings a weight and its mask into the fastest kernel's form, for products in which neither changes.
 
     Args:
         weight: [N, K] on the CPU.
         mask: its mask.
-        batch: the rows of x to choose a kernel for; any number of rows may follow (at most 8 with ``"direct"``).
+        batch: the rows of x to choose a kernel for; any number of rows may follow (at most 8 with
+            ``"direct"``).
         backend: forces a kernel.
     """
     _check_tile_mask(mask, weight)
     if weight.device.type != "cpu":
-        raise ConfigError(f"pack serves CPU kernels, but weight is on {weight.device}; call masked_matmul instead")
+        raise ConfigError(
+            f"pack serves CPU kernels, but weight is on {weight.device}; call masked_matmul instead"
+        )
     check_backend(backend, weight.device)
     kernel = cpu.choose("forward_packed", batch, mask.tensors, weight.dtype) if backend == "auto" else backend
     return cpu.pack(weight, mask.tensors, kernel)
@@ -126,7 +135,7 @@ def plan(batch: int, mask: TileMask, dtype: torch.dtype = torch.float32) -> dict
     """
     if mask.state.device.type != "cpu":
         return {"kernel": gpu_backend("forward").__name__.rpartition(".")[2]}
-    seconds = cpu.cost_model.estimates("forward", batch, mask.tensors, dtype)
+    seconds = cost_model.estimates("forward", batch, mask.tensors, dtype)
     kernel = min(seconds, key=seconds.__getitem__)
     return {
         "kernel": kernel,
@@ -144,10 +153,12 @@ _MASK_SCHEMA = (
 )
 _library = torch.library.Library("rlnas_fast", "FRAGMENT")
 _library.define(
-    f"masked_matmul(Tensor x, Tensor weight, Tensor? bias, {_MASK_SCHEMA}, bool int8_activations, str backend)"
-    " -> Tensor"
+    f"masked_matmul(Tensor x, Tensor weight, Tensor? bias, {_MASK_SCHEMA}, "
+    "bool int8_activations, str backend) -> Tensor"
 )
-_library.define(f"masked_matmul_grad_input(Tensor grad_y, Tensor weight, {_MASK_SCHEMA}, str backend) -> Tensor")
+_library.define(
+    f"masked_matmul_grad_input(Tensor grad_y, Tensor weight, {_MASK_SCHEMA}, str backend) -> Tensor"
+)
 _library.define(f"masked_matmul_grad_weight(Tensor grad_y, Tensor x, {_MASK_SCHEMA}, str backend) -> Tensor")
 _MASK_FIELDS = 13
 
@@ -247,7 +258,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     first, second, *rest = inputs
     tensors = [value for value in rest if isinstance(value, torch.Tensor)]
     ctx.save_for_backward(first, second, *tensors)
-    # Which arguments were tensors: saved ones go through autograd, so that a mask changed in between is noticed.
+    # Which arguments were tensors: saved ones go through autograd, so that a mask changed in between is
+    # noticed.
     ctx.others = [None if isinstance(value, torch.Tensor) else (value,) for value in rest]
 
 
@@ -277,9 +289,7 @@ def _backward_of_grad_input(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     grad_y, weight, (*fields, backend) = _restore(ctx)
     fields, ops = _twice(fields), torch.ops.rlnas_fast
     need_y, need_weight, *_ = ctx.needs_input_grad
-    grad_grad_y = (
-        ops.masked_matmul.default(grad, weight, None, *fields, False, backend) if need_y else None
-    )
+    grad_grad_y = ops.masked_matmul.default(grad, weight, None, *fields, False, backend) if need_y else None
     grad_w = ops.masked_matmul_grad_weight.default(grad_y, grad, *fields, backend) if need_weight else None
     return grad_grad_y, grad_w, *[None] * (_MASK_FIELDS + 1)
 
@@ -299,9 +309,7 @@ _derivatives: dict[str, Callable[..., Any]] = {
     "masked_matmul_grad_weight": _backward_of_grad_weight,
 }
 for _name, _derivative in _derivatives.items():
-    torch.library.register_autograd(
-        f"rlnas_fast::{_name}", _derivative, setup_context=_save, lib=_library
-    )
+    torch.library.register_autograd(f"rlnas_fast::{_name}", _derivative, setup_context=_save, lib=_library)
 
 
 def _packed_product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
@@ -310,7 +318,9 @@ def _packed_product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) 
     if torch.is_grad_enabled() and x.requires_grad:
         raise ConfigError("a packed weight has no gradients; leave packed out, or use torch.no_grad()")
     if packed.kernel == "direct" and x.shape[0] > cpu.DIRECT_ROWS:
-        raise ConfigError(f"packed for at most {cpu.DIRECT_ROWS} rows of x, got {x.shape[0]}; pack with batch=")
+        raise ConfigError(
+            f"packed for at most {cpu.DIRECT_ROWS} rows of x, got {x.shape[0]}; pack with batch="
+        )
     return cpu.forward_packed(x, packed, bias)
 
 
@@ -327,7 +337,9 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     if weight.dim() != 2:
         raise ShapeError(f"weight must be [out features, in features], got shape {list(weight.shape)}")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ShapeError(f"x must end in {weight.shape[1]} features like the weight, got shape {list(x.shape)}")
+        raise ShapeError(
+            f"x must end in {weight.shape[1]} features like the weight, got shape {list(x.shape)}"
+        )
     if x.dtype not in _DTYPES:
         raise ConfigError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
     for name, other in (("weight", weight), ("bias", bias)):

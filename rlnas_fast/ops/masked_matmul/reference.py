@@ -17,7 +17,7 @@ def kept(mask: TileTensors) -> torch.Tensor:
 
 
 def effective_weight(weight: torch.Tensor, mask: TileTensors) -> torch.Tensor:
-    """Returns W o M with int8 tiles dequantised, in weight's dtype; the gradient passes int8 tiles straight through."""
+    """Returns W o M with int8 tiles dequantised (straight-through gradient), in weight's dtype."""
     if mask.payload is not None and mask.scale is not None:
         int8 = _per_weight(mask.state == INT8, mask)
         dequantised = (_per_weight(mask.scale, mask) * mask.payload).to(weight.dtype)
@@ -36,8 +36,8 @@ def masked_matmul_reference(
 ) -> torch.Tensor:
     """Computes ``y = x (W o M)^T + b`` with a dense product.
 
-    With ``int8_activations`` int8 tiles see x as ``s * q``, where for each row ``s = max|x| / 127`` (1 for a row of
-    zeros) and ``q = round(x * (127 / max|x|))`` to the nearest, ties to even; keep tiles see x itself.
+    With ``int8_activations`` int8 tiles see x as ``s * q``, where for each row ``s = max|x| / 127`` (1 for a
+    row of zeros) and ``q = round(x * (127 / max|x|))`` to the nearest, ties to even; keep tiles see x itself.
 
     Args:
         x: [B, K].

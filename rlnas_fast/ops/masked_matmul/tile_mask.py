@@ -3,34 +3,35 @@
 Layout, shared by every backend.  With N output features, K input features, tiles of R x C, TN = ceil(N / R),
 TK = ceil(K / C) and W = ceil(K / 32), all tensors contiguous and on one device:
 
-====================  =================  ======================================================================
+====================  =================  ================================================================
 field                 dtype and shape    meaning
-====================  =================  ======================================================================
+====================  =================  ================================================================
 ``state``             uint8 [TN, TK]     0 prune, 1 keep, 2 int8; the source of truth for tiles
-``bits``              int32 [N, W]|None  bit ``k % 32`` of word ``[n, k // 32]`` is set where weight (n, k) is kept
-                                         inside a live tile; bits past K are 0; bits of pruned tiles are ignored.
-                                         ``None``: live tiles are complete
+``bits``              int32 [N, W]|None  bit ``k % 32`` of word ``[n, k // 32]`` is set where weight (n, k)
+                                         is kept inside a live tile; bits past K are 0; bits of pruned
+                                         tiles are ignored.  ``None``: live tiles are complete
 ``row_count``         int32 [TN, 2]      number of keep and of int8 tiles in tile row i
-``row_tiles``         int32 [TN, TK]     column-tile indices of row i: its keep tiles, ascending, then its int8
-                                         tiles, ascending; the rest of the row is undefined
+``row_tiles``         int32 [TN, TK]     column-tile indices of row i: its keep tiles, ascending, then its
+                                         int8 tiles, ascending; the rest of the row is undefined
 ``col_count``         int32 [TK, 2]      the same by tile column j: for the gradient to x
 ``col_tiles``         int32 [TK, TN]     row-tile indices of column j, keep tiles then int8 tiles, ascending
-``stats``             int64 [4]          keep tiles, int8 tiles, kept weights, live tiles that are not complete
-``payload``           int8 [N, K]|None   integers of the int8 tiles, in the weight's own layout; elsewhere undefined
+``stats``             int64 [4]          keep tiles, int8 tiles, kept weights, live tiles not complete
+``payload``           int8 [N, K]|None   integers of the int8 tiles, in the weight's layout; else undefined
 ``scale``             fp32 [TN, TK]|None an int8 tile's weight is ``scale * payload``; > 0 and finite
 ``input_permutation`` int32 [K]|None     column k of the weight multiplies ``x[..., input_permutation[k]]``
 ``output_permutation``int32 [N]|None     row n of the weight makes ``y[..., output_permutation[n]]``
-====================  =================  ======================================================================
+====================  =================  ================================================================
 
-A weight (n, k) is kept when ``state[n // R, k // C] != 0`` and its bit, if there are bits, is set; edge tiles are
-ragged (smaller), never padded.  ``update_lists`` derives counts, lists and stats from ``state`` and ``bits`` in place,
-on the device, without telling the host: the tensors never move, so a captured CUDA graph sees the new mask.
+A weight (n, k) is kept when ``state[n // R, k // C] != 0`` and its bit, if there are bits, is set; edge tiles
+are ragged (smaller), never padded.  ``update_lists`` derives counts, lists and stats from ``state`` and
+``bits`` in place, on the device, without telling the host: the tensors never move, so a captured CUDA graph
+sees the new mask.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Self
 
@@ -58,12 +59,18 @@ class TileTensors(NamedTuple):
     input_permutation: torch.Tensor | None
     output_permutation: torch.Tensor | None
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TileTensors:
+        """Applies a function to every tensor."""
+        fields = self._asdict().items()
+        changed: dict[str, Any] = {k: function(v) for k, v in fields if isinstance(v, torch.Tensor)}
+        return self._replace(**changed)
+
 
 class TileMask:
     """A mask over tiles of a weight, with single weights dropped inside them where wanted.
 
-    Starts with every weight kept.  ``update`` and ``quantise`` change it in place; the layout of its tensors is in
-    the module's docstring.
+    Starts with every weight kept.  ``update`` and ``quantise`` change it in place; the layout of its tensors
+    is in the module's docstring.
 
     Args:
         shape: [N, K] of the weight, output by input features.
@@ -71,7 +78,7 @@ class TileMask:
         unstructured: room for one bit a weight, so that ``update(dense=...)`` may drop single weights.
         int8: room for int8 tiles (one byte a weight and one scale a tile).
         input_permutation: int [K] permutation p: column k of the weight multiplies ``x[..., p[k]]``.  With
-            ``weight = dense_weight[:, p]`` the product does not change, so weights can be gathered into tiles.
+            ``weight = dense_weight[:, p]`` the product does not change: weights can be gathered into tiles.
         output_permutation: int [N] permutation q: row n of the weight makes ``y[..., q[n]]``; likewise with
             ``weight = dense_weight[q]``.  A bias is in the order of y.
         device: where the tensors live.
@@ -132,7 +139,7 @@ class TileMask:
         """
         if dense.dim() != 2:
             raise ShapeError(f"dense must be [out features, in features], got shape {list(dense.shape)}")
-        mask = cls(dense.shape, tile, **{"unstructured": True, "device": dense.device} | options)
+        mask = cls(dense.shape, tile, **cls._options(options, unstructured=True, device=dense.device))
         mask.update(dense=dense)
         return mask
 
@@ -150,9 +157,9 @@ class TileMask:
 
         Args:
             scores: [N, K], larger is kept first; ties go to the earlier weight.
-            density: share of weights to keep, in [0, 1]; exactly ``round(density * N * K)`` weights are kept, or
-                with ``whole_tiles`` the best tiles by mean score until that many weights are reached, the last tile
-                being the one that comes closest.
+            density: share of weights to keep, in [0, 1]; exactly ``round(density * N * K)`` weights are kept,
+                or with ``whole_tiles`` the best tiles by mean score until that many weights are reached, the
+                last tile being the one that comes closest.
             tile: rows and columns of a tile.
             whole_tiles: decide by tile.
             options: as for ``TileMask``.
@@ -173,13 +180,15 @@ class TileMask:
             dense = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
             dense[order[:wanted]] = True
             return cls.from_dense(dense.view_as(scores), tile, **options)
-        mask = cls(scores.shape, tile, **{"device": scores.device} | options)
+        mask = cls(scores.shape, tile, **cls._options(options, device=scores.device))
         ones = torch.ones_like(scores, dtype=torch.float64)
         sizes = _tile_sums(ones, mask.tensors.tile)
         means = _tile_sums(scores.double(), mask.tensors.tile) / sizes
         order = means.flatten().sort(descending=True, stable=True).indices
         reached = sizes.flatten()[order].cumsum(0)
-        count = int(torch.cat([reached.new_zeros(1), reached]).sub(wanted).abs().argmin()) if len(order) else 0
+        count = (
+            int(torch.cat([reached.new_zeros(1), reached]).sub(wanted).abs().argmin()) if len(order) else 0
+        )
         state = torch.zeros_like(mask.tensors.state).flatten()
         state[order[:count]] = KEEP
         mask.update(state=state.view_as(mask.tensors.state))
@@ -189,19 +198,25 @@ class TileMask:
     def two_of_four(cls, scores: torch.Tensor, tile: Sequence[int] = (32, 32), **options: Any) -> Self:
         """Keeps the two largest scores of every four along a row (2:4); K must be a multiple of 4."""
         if scores.dim() != 2 or scores.shape[1] % 4:
-            raise ShapeError(f"scores must be [out, in] with in a multiple of 4, got shape {list(scores.shape)}")
+            raise ShapeError(
+                f"scores must be [out, in] with in a multiple of 4, got shape {list(scores.shape)}"
+            )
         fours = scores.reshape(-1, 4)
         order = fours.sort(dim=1, descending=True, stable=True).indices[:, :2]
         dense = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, order, True)
         return cls.from_dense(dense.view_as(scores), tile, **options)
+
+    @staticmethod
+    def _options(given: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+        return defaults | given
 
     def update(self, *, state: torch.Tensor | None = None, dense: torch.Tensor | None = None) -> None:
         """Changes the mask in place: one memory-bound pass, and on a GPU no word to the host.
 
         Args:
             state: [TN, TK] of 0 (prune), 1 (keep) and 2 (int8); values are checked on a CPU only.
-            dense: bool [N, K]; sets the bits and, by them, which tiles are pruned.  With both, ``state`` says which
-                of the tiles that hold weights are int8, and a tile that it prunes stays pruned.
+            dense: bool [N, K]; sets the bits and, by them, which tiles are pruned.  With both, ``state`` says
+                which of the tiles that hold weights are int8, and a tile that it prunes stays pruned.
 
         Raises:
             ShapeError, ConfigError, KernelUnavailable
@@ -222,12 +237,13 @@ class TileMask:
     def quantise(self, weight: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         """Fills the payload of every tile from a weight, so that int8 tiles mean ``scale * payload``.
 
-        Products read an int8 tile's payload, never the weight, so call this again after the weight has changed.
+        Products read an int8 tile's payload, never the weight, so call this again after the weight has
+        changed.
 
         Args:
             weight: [N, K].
-            scale: fp32 [TN, TK], > 0 and finite (checked on a CPU only); by default the largest magnitude of the
-                tile's kept weights / 127, or 1 where there are none.
+            scale: fp32 [TN, TK], > 0 and finite (checked on a CPU only); by default the largest magnitude of
+                the tile's kept weights / 127, or 1 where there are none.
         """
         t = self.tensors
         if t.payload is None or t.scale is None:
@@ -275,13 +291,13 @@ class TileMask:
 
     def to(self, device: torch.device | str) -> TileMask:
         """Returns a copy on another device."""
-        return TileMask.from_tensors(
-            TileTensors(*(v.to(device, copy=True) if isinstance(v, torch.Tensor) else v for v in self.tensors))
-        )
+        return TileMask.from_tensors(self.tensors.map(lambda tensor: tensor.to(device, copy=True)))
 
     def __repr__(self) -> str:
         t = self.tensors
-        options = [name for name, given in (("unstructured", t.bits), ("int8", t.payload)) if given is not None]
+        options = [
+            name for name, given in (("unstructured", t.bits), ("int8", t.payload)) if given is not None
+        ]
         return f"TileMask(shape={t.shape}, tile={t.tile}, {', '.join([*options, str(t.state.device)])})"
 
 
@@ -296,7 +312,7 @@ def pack_mask(dense: torch.Tensor, t: TileTensors) -> None:
     """Sets bits, state, lists and stats from a bool [N, K], in place, on the mask's device."""
     _backend(t, "pack_mask").pack_mask(dense, t)
     derived = (t.state, t.row_count, t.row_tiles, t.col_count, t.col_tiles, t.stats)
-    torch.autograd.graph.increment_version((*derived, t.bits))
+    torch.autograd.graph.increment_version(derived if t.bits is None else (*derived, t.bits))
 
 
 def unpack_bits(bits: torch.Tensor, cols: int) -> torch.Tensor:

@@ -1,0 +1,182 @@
+"""A linear layer whose weight has a mask that may change at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from rlnas_fast.errors import ShapeError
+from rlnas_fast.ops.masked_matmul import Packed, TileMask, effective_weight, masked_matmul, pack, plan
+from rlnas_fast.ops.masked_matmul.tile_mask import TileTensors, update_lists
+
+__all__ = ["MaskedLinear", "MaskedWeight"]
+
+_PERSISTENT = ("state", "bits", "payload", "scale", "input_permutation", "output_permutation")
+_DERIVED = ("row_count", "row_tiles", "col_count", "col_tiles", "stats")
+
+
+class MaskedWeight(nn.Module):
+    """A weight matrix, its bias and its ``TileMask``: what the masked layers share.
+
+    The mask's tensors are buffers, so they move with the module and are in its state dict (lists that follow
+    from them are not).  Change the mask through ``mask.update``: it writes the buffers in place.
+
+    Args:
+        weight: [N, K].
+        mask: its mask, on the same device; its tensors become the module's.
+        bias: [N] or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, mask: TileMask, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        if mask.shape != tuple(weight.shape):
+            raise ShapeError(f"mask must be {list(weight.shape)} like the weight, got {list(mask.shape)}")
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.int8_activations = False
+        self._tile = mask.tile
+        for name in (*_PERSISTENT, *_DERIVED):
+            self.register_buffer(f"mask_{name}", getattr(mask.tensors, name), persistent=name in _PERSISTENT)
+        self._packed: dict[int, tuple[tuple[int, ...], Packed]] = {}
+
+    @property
+    def mask(self) -> TileMask:
+        """The mask, as a view of the module's buffers."""
+        fields = {name: getattr(self, f"mask_{name}") for name in (*_PERSISTENT, *_DERIVED)}
+        shape = (self.weight.shape[0], self.weight.shape[1])
+        return TileMask.from_tensors(TileTensors(shape=shape, tile=self._tile, **fields))
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Computes ``x (W o M)^T + b``; in eval mode without gradients the weight is packed once and kept."""
+        mask = self.mask
+        packed = None
+        frozen = not self.training and not torch.is_grad_enabled() and x.device.type == "cpu"
+        plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+        if frozen and plain and not self.int8_activations:
+            packed = self._pack(mask, x.numel() // max(1, x.shape[-1]))
+        return masked_matmul(
+            x, self.weight, mask, bias, int8_activations=self.int8_activations, packed=packed
+        )
+
+    def plan(self, batch: int) -> dict[str, Any]:
+        """Says which kernel a product with ``batch`` rows would run and what it expects to save."""
+        return plan(batch, self.mask, self.weight.dtype)
+
+    def dense_weight(self) -> torch.Tensor:
+        """Returns the [N, K] whose dense product is ours: masked, dequantised, permutations undone."""
+        t = self.mask.tensors
+        weight = effective_weight(self.weight.detach(), t)
+        if t.input_permutation is not None:
+            weight = torch.empty_like(weight).index_copy_(1, t.input_permutation.long(), weight)
+        if t.output_permutation is not None:
+            weight = torch.empty_like(weight).index_copy_(0, t.output_permutation.long(), weight)
+        return weight.clone()
+
+    def _take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Copies a dense weight [N, K] and bias, gathered by the mask's permutations, into int8 tiles too."""
+        t = self.mask.tensors
+        with torch.no_grad():
+            if t.output_permutation is not None:
+                weight = weight[t.output_permutation.long()]
+            if t.input_permutation is not None:
+                weight = weight[:, t.input_permutation.long()]
+            self.weight.copy_(weight)
+            if self.bias is not None and bias is not None:
+                self.bias.copy_(bias)
+            if t.payload is not None:
+                self.mask.quantise(self.weight)
+
+    def _pack(self, mask: TileMask, batch: int) -> Packed:
+        """The packed weight for batches of about this size, made again when weight or mask have changed."""
+        size = max(1, batch).bit_length()
+        watched = (self.weight, *(v for v in mask.tensors if isinstance(v, torch.Tensor)))
+        versions = tuple(number for tensor in watched for number in (tensor.data_ptr(), tensor._version))
+        known = self._packed.get(size)
+        if known is None or known[0] != versions:
+            largest = (1 << size) - 1
+            known = self._packed[size] = (versions, pack(self.weight, mask, batch=largest))
+        return known[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": {}}
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        scale = self.mask.tensors.scale  # stays float32 when the module's dtype changes
+        super()._apply(fn, recurse)
+        if scale is not None:
+            self.mask_scale = scale.to(self.weight.device)
+        self._packed = {}
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        update_lists(self.mask.tensors)
+
+
+class MaskedLinear(MaskedWeight):
+    """``y = x (W o M)^T + b``, as ``nn.Linear`` with most of the work left out.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        mask: a ``TileMask`` of shape [N, K]; by default every tile of 32 x 32 kept.
+        bias: adds a learned [N].
+        device: where the parameters live.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        mask: TileMask | None = None,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        mask = TileMask((out_features, in_features), device=device) if mask is None else mask
+        super().__init__(dense.weight.detach(), mask, None if dense.bias is None else dense.bias.detach())
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, mask: TileMask | None = None) -> MaskedLinear:
+        """Makes the masked form of a trained layer; it computes the same where the mask keeps.
+
+        The weight is copied.  With permutations in the mask it is gathered, so that with every weight kept
+        the layer computes what it did before; int8 tiles are filled from the weight.
+        """
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            mask,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        layer._take(linear.weight, linear.bias)
+        return layer
+
+    def to_dense(self) -> nn.Linear:
+        """Returns the ``nn.Linear`` that computes the same (up to rounding), zeros where the mask prunes."""
+        rows, cols = self.weight.shape
+        linear = nn.Linear(
+            cols, rows, self.bias is not None, device=self.weight.device, dtype=self.weight.dtype
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps [..., K] to [..., N]."""
+        return self.product(x, self.bias)
+
+    def extra_repr(self) -> str:
+        """Says sizes and tile."""
+        rows, cols = self.weight.shape
+        return f"in_features={cols}, out_features={rows}, bias={self.bias is not None}, tile={self._tile}"
