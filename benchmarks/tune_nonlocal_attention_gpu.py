@@ -55,6 +55,7 @@ FUSED = [
     (Tiles(64, 64, 4, 2), 64), (Tiles(64, 64, 4, 2), 32), (Tiles(64, 64, 4, 2), 128), (Tiles(128, 64, 4, 2), 64),
     (Tiles(128, 64, 4, 2), 32), (Tiles(128, 64, 8, 2), 64), (Tiles(128, 32, 4, 2), 64), (Tiles(64, 32, 4, 3), 64),
 ]  # fmt: skip
+SMALL = [Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 4, 1)]
 BLOCKS = [Case(64, 64, 14), Case(64, 64, 14, True), Case(32, 256, 28), Case(32, 256, 28, True), Case(8, 512, 56, True)]
 
 
@@ -140,6 +141,12 @@ def block_candidates() -> Iterator[Candidate]:
             forget()
             yield f"{case} attend", str((*tiles[0], tiles[1])), stages(x, weights, saved, pool)["attend"]
         triton_block.attention_tiles = original[1]
+        for tiles in SMALL if case.channels <= 64 else []:
+            triton_block.SMALL = tiles
+            forget()
+            plan = triton_block._forward_plan(*triton_block._signature(x, weights, pool), True, False)
+            run = functools.partial(on_stream, plan.small, (x, *weights, torch.empty_like(x)))
+            yield f"{case} forward", f"one launch {tuple(tiles)}", run
         forget()
 
 

@@ -111,6 +111,7 @@ def test_block_is_as_exact_as_plain_pytorch(
     grad = cases.laid_out(shape, layout, dtype, "cuda")
     with poisoned():
         z, saved = triton_block.block_forward(x, weights, pool=pool, residual=residual, save=True)
+        alone, _ = triton_block.block_forward(x, weights, pool=pool, residual=residual, save=False)
         gx, gweights = triton_block.block_backward(grad, x, weights, saved, pool=pool, residual=residual)
     found = (z, gx, *(gradient for gradient in gweights if gradient is not None))
 
@@ -128,6 +129,7 @@ def test_block_is_as_exact_as_plain_pytorch(
         if name != "phi_bias" or pool:
             error, allowed = cases.distance(ours, truth), 2 * cases.distance(theirs, truth) + FLOOR[dtype]
             assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+    within_twice_plain((alone,), plain[:1], exact[:1], dtype)
 
 
 @pytest.mark.gpu

@@ -77,6 +77,7 @@ def _gradient_launch(batch: int, count: int, queries: int, keys: int, width: int
     )
 
 
+# fmt: off
 @triton.jit
 def _softmax_gradient_kernel(scores, grad_weights, weights, grad_mean, mean, lse, count, queries, keys, width,
                              BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
@@ -85,8 +86,9 @@ def _softmax_gradient_kernel(scores, grad_weights, weights, grad_mean, mean, lse
     row = tl.program_id(0) % count
     channel = tl.arange(0, BLOCK_E)
     place = (sample * queries + row) * width + channel
-    delta = tl.sum(tl.load(grad_mean + place, channel < width, other=0.0).to(tl.float32)
-                   * tl.load(mean + place, channel < width, other=0.0).to(tl.float32), 0)
+    delta = tl.sum(tl.load(grad_mean + place, channel < width,
+                           other=0.0).to(tl.float32) * tl.load(mean + place, channel < width,
+                                                               other=0.0).to(tl.float32), 0)
     log_sum = tl.load(lse + sample * queries + row)
     base = tl.program_id(0).to(tl.int64) * keys
     for start in range(0, keys, BLOCK_M):

@@ -23,9 +23,8 @@ from rlnas_fast.ops.nonlocal_attention.triton_block import (
     _dense_like,
     _geometry,
     _signature,
-    offset,
-    window_position,
 )
+from rlnas_fast.ops.nonlocal_attention.triton_block_kernels import offset, window_position
 from rlnas_fast.ops.nonlocal_attention.triton_kernels import chunk, load_tile, place, tile_pointers
 from rlnas_fast.ops.triton_launch import Launch, current_stream
 
@@ -111,9 +110,10 @@ def _plan(
     return _Plan(moments, fold, apply, (batch, splits, depth, width), (batch, depth, channels))
 
 
+# fmt: off
 @triton.jit
-def _moments_kernel(x, phi, g, phi_bias, g_bias, partial, keys, channels, depth, width, splits, per_split, height,
-                    columns, pooled_h, pooled_w, x_b, x_c, x_t, x_h, x_w, BLOCK_P: tl.constexpr,
+def _moments_kernel(x, phi, g, phi_bias, g_bias, partial, keys, channels, depth, width, splits, per_split,
+                    height, columns, pooled_h, pooled_w, x_b, x_c, x_t, x_h, x_w, BLOCK_P: tl.constexpr,
                     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, POOL_T: tl.constexpr,
                     POOL_H: tl.constexpr, POOL_W: tl.constexpr, FLAT: tl.constexpr, HAS_BIAS: tl.constexpr,
                     PRECISION: tl.constexpr):
@@ -141,11 +141,11 @@ def _moments_kernel(x, phi, g, phi_bias, g_bias, partial, keys, channels, depth,
                 channel = begin + tl.arange(0, BLOCK_C)
                 left = tl.load(where[:, None] + channel.to(tl.int64)[None, :] * x_c,
                                (row[:, None] < keys) & (channel[None, :] < channels), other=0.0)
-                right = load_tile(tile_pointers(phi, channel, channel_d, 1, channels), channel, channel_d, channels,
-                                  depth, True, True)
+                right = load_tile(tile_pointers(phi, channel, channel_d, 1, channels), channel, channel_d,
+                                  channels, depth, True, True)
                 key_part = tl.dot(left, right, key_part, input_precision=PRECISION)
-                right = load_tile(tile_pointers(g, channel, channel_e, 1, channels), channel, channel_e, channels,
-                                  width, True, True)
+                right = load_tile(tile_pointers(g, channel, channel_e, 1, channels), channel, channel_e,
+                                  channels, width, True, True)
                 value_part = tl.dot(left, right, value_part, input_precision=PRECISION)
             if WINDOW == 1:
                 key, value = key_part, value_part
@@ -176,16 +176,18 @@ def _fold_kernel(partial, out, folded, splits, keys, channels, depth, width, BLO
         moment = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
         for split in range(0, splits):
             source = partial + (sample * splits + split) * depth * width
-            moment += load_tile(tile_pointers(source, row, inner, width, 1), row, inner, depth, width, True, True)
-        weight = load_tile(tile_pointers(out, inner, channel, 1, width), inner, channel, width, channels, True, True)
+            moment += load_tile(tile_pointers(source, row, inner, width, 1), row, inner, depth, width, True,
+                                True)
+        weight = load_tile(tile_pointers(out, inner, channel, 1, width), inner, channel, width, channels,
+                           True, True)
         total = tl.dot((moment / keys).to(weight.dtype), weight, total, input_precision=PRECISION)
     tl.store(tile_pointers(folded + sample * depth * channels, row, channel, channels, 1),
              total.to(folded.dtype.element_ty), (row[:, None] < depth) & (channel[None, :] < channels))
 
 
 @triton.jit
-def _apply_kernel(x, theta, theta_bias, folded, out_bias, z, positions, channels, depth, height, columns, x_b, x_c,
-                  x_t, x_h, x_w, z_b, z_c, z_t, z_h, z_w, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+def _apply_kernel(x, theta, theta_bias, folded, out_bias, z, positions, channels, depth, height, columns, x_b,
+                  x_c, x_t, x_h, x_w, z_b, z_c, z_t, z_h, z_w, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
                   BLOCK_D: tl.constexpr, FLAT: tl.constexpr, Z_FLAT: tl.constexpr, HAS_BIAS: tl.constexpr,
                   HAS_OUT_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr):
     sample, row = place(positions, BLOCK_P)
@@ -197,8 +199,8 @@ def _apply_kernel(x, theta, theta_bias, folded, out_bias, z, positions, channels
         channel = start + tl.arange(0, BLOCK_C)
         left = tl.load(x_rows[:, None] + channel.to(tl.int64)[None, :] * x_c,
                        (row[:, None] < positions) & (channel[None, :] < channels), other=0.0)
-        right = load_tile(tile_pointers(theta, channel, inner, 1, channels), channel, inner, channels, depth, True,
-                          True)
+        right = load_tile(tile_pointers(theta, channel, inner, 1, channels), channel, inner, channels, depth,
+                          True, True)
         query = tl.dot(left, right, query, input_precision=PRECISION)
     if HAS_BIAS:
         query += tl.load(theta_bias + inner, inner < depth, other=0.0).to(tl.float32)[None, :]
@@ -206,12 +208,13 @@ def _apply_kernel(x, theta, theta_bias, folded, out_bias, z, positions, channels
     folded += sample * depth * channels
     for start in range(0, channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
-        part = load_tile(tile_pointers(folded, inner, channel, channels, 1), inner, channel, depth, channels, True,
-                         True)
+        part = load_tile(tile_pointers(folded, inner, channel, channels, 1), inner, channel, depth, channels,
+                         True, True)
         result = tl.dot(query, part, input_precision=PRECISION)
         if HAS_OUT_BIAS:
             result += tl.load(out_bias + channel, channel < channels, other=0.0).to(tl.float32)[None, :]
         mask = (row[:, None] < positions) & (channel[None, :] < channels)
         if RESIDUAL:
-            result += tl.load(x_rows[:, None] + channel.to(tl.int64)[None, :] * x_c, mask, other=0.0).to(tl.float32)
+            result += tl.load(x_rows[:, None] + channel.to(tl.int64)[None, :] * x_c, mask,
+                              other=0.0).to(tl.float32)
         tl.store(z_rows[:, None] + channel.to(tl.int64)[None, :] * z_c, result.to(z.dtype.element_ty), mask)

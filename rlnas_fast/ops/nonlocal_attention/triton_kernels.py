@@ -241,6 +241,7 @@ def _key_launch(
     )
 
 
+# fmt: off
 @triton.jit
 def place(count, BLOCK: tl.constexpr):
     """Returns a program's sample and rows; tiles of one sample are neighbours, which share its keys in L2."""
@@ -269,8 +270,8 @@ def load_tile(pointers, rows, columns, row_count, column_count, ROWS: tl.constex
 
 @triton.jit
 def contract(tile, other, other_rows, row_base, rows, row_stride, channel_stride, other_base, other_stride,
-             other_channel_stride, row_count, other_count, channels, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-             EVEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+             other_channel_stride, row_count, other_count, channels, BLOCK: tl.constexpr,
+             CHUNKS: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """Returns tile [rows, BLOCK] times other [BLOCK, columns], plus the chunks that are not held."""
     product = tl.dot(tile, other, input_precision=PRECISION)
     for index in tl.static_range(1, CHUNKS):
@@ -309,8 +310,8 @@ def attend_tile(accumulator, peak, total, query, theta, phi, g, rows, start, out
 
 
 @triton.jit
-def attend(theta, phi, g, rows, outputs, queries, keys, depth, width, theta_d, theta_n, phi_d, phi_m, g_e, g_m,
-           BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+def attend(theta, phi, g, rows, outputs, queries, keys, depth, width, theta_d, theta_n, phi_d, phi_m, g_e,
+           g_m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
            D_CHUNKS: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr):
     """Returns y [BLOCK_N, BLOCK_E] and the log-sum-exp of one tile of queries, in float32."""
     channels = tl.arange(0, BLOCK_D)
@@ -321,21 +322,21 @@ def attend(theta, phi, g, rows, outputs, queries, keys, depth, width, theta_d, t
     accumulator = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     full = keys // BLOCK_M * BLOCK_M
     for start in range(0, full, BLOCK_M):
-        accumulator, peak, total = attend_tile(
-            accumulator, peak, total, query, theta, phi, g, rows, start, outputs, queries, keys, depth, width,
-            theta_d, theta_n, phi_d, phi_m, g_e, g_m, BLOCK_M, BLOCK_D, D_CHUNKS, EVEN_D, EVEN_E, False,
-            PRECISION)
+        accumulator, peak, total = attend_tile(accumulator, peak, total, query, theta, phi, g, rows, start,
+                                               outputs, queries, keys, depth, width, theta_d, theta_n, phi_d,
+                                               phi_m, g_e, g_m, BLOCK_M, BLOCK_D, D_CHUNKS, EVEN_D, EVEN_E,
+                                               False, PRECISION)
     if full < keys:
-        accumulator, peak, total = attend_tile(
-            accumulator, peak, total, query, theta, phi, g, rows, full, outputs, queries, keys, depth, width,
-            theta_d, theta_n, phi_d, phi_m, g_e, g_m, BLOCK_M, BLOCK_D, D_CHUNKS, EVEN_D, EVEN_E, True,
-            PRECISION)
+        accumulator, peak, total = attend_tile(accumulator, peak, total, query, theta, phi, g, rows, full,
+                                               outputs, queries, keys, depth, width, theta_d, theta_n, phi_d,
+                                               phi_m, g_e, g_m, BLOCK_M, BLOCK_D, D_CHUNKS, EVEN_D, EVEN_E,
+                                               True, PRECISION)
     return accumulator / total[:, None], (peak + tl.log2(total)) / LOG2E
 
 
 @triton.jit
-def _forward_kernel(theta, phi, g, y, lse, queries, keys, depth, width, theta_b, theta_d, theta_n, phi_b, phi_d,
-                    phi_m, g_b, g_e, g_m, y_b, y_e, y_n, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+def _forward_kernel(theta, phi, g, y, lse, queries, keys, depth, width, theta_b, theta_d, theta_n, phi_b,
+                    phi_d, phi_m, g_b, g_e, g_m, y_b, y_e, y_n, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, D_CHUNKS: tl.constexpr,
                     E_CHUNKS: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
                     PRECISION: tl.constexpr):
@@ -351,10 +352,11 @@ def _forward_kernel(theta, phi, g, y, lse, queries, keys, depth, width, theta_b,
 
 
 @triton.jit
-def _query_tile(gradient, query, grad, log_sum, delta, theta, phi, g, grad_y, rows, start, within, queries, keys,
-                depth, width, theta_d, theta_n, phi_d, phi_m, g_e, g_m, grad_e, grad_n, BLOCK_M: tl.constexpr,
-                BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, D_CHUNKS: tl.constexpr, E_CHUNKS: tl.constexpr,
-                EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def _query_tile(gradient, query, grad, log_sum, delta, theta, phi, g, grad_y, rows, start, within, queries,
+                keys, depth, width, theta_d, theta_n, phi_d, phi_m, g_e, g_m, grad_e, grad_n,
+                BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, D_CHUNKS: tl.constexpr,
+                E_CHUNKS: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, MASKED: tl.constexpr,
+                PRECISION: tl.constexpr):
     positions = start + tl.arange(0, BLOCK_M)
     channels = tl.arange(0, BLOCK_D)
     outputs = tl.arange(0, BLOCK_E)
@@ -363,8 +365,8 @@ def _query_tile(gradient, query, grad, log_sum, delta, theta, phi, g, grad_y, ro
     scores = contract(query, key, positions, theta, rows, theta_n, theta_d, phi, phi_m, phi_d, queries, keys,
                       depth, BLOCK_D, D_CHUNKS, EVEN_D, MASKED, PRECISION)
     weights = tl.exp2((scores - log_sum[:, None]) * LOG2E)
-    value = load_tile(tile_pointers(g, outputs, positions, g_e, g_m), outputs, positions, width, keys, not EVEN_E,
-                      MASKED)
+    value = load_tile(tile_pointers(g, outputs, positions, g_e, g_m), outputs, positions, width, keys,
+                      not EVEN_E, MASKED)
     grad_weights = contract(grad, value, positions, grad_y, rows, grad_n, grad_e, g, g_m, g_e, queries, keys,
                             width, BLOCK_E, E_CHUNKS, EVEN_E, MASKED, PRECISION)
     grad_scores = weights * (grad_weights - delta[:, None])
@@ -377,12 +379,12 @@ def _query_tile(gradient, query, grad, log_sum, delta, theta, phi, g, grad_y, ro
 
 
 @triton.jit
-def _query_gradient_kernel(theta, phi, g, grad_y, y, lse, delta_out, gtheta, queries, keys, depth, width, theta_b,
-                           theta_d, theta_n, phi_b, phi_d, phi_m, g_b, g_e, g_m, grad_b, grad_e, grad_n, y_b, y_e,
-                           y_n, out_b, out_d, out_n, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                           BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, D_CHUNKS: tl.constexpr,
-                           E_CHUNKS: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
-                           PRECISION: tl.constexpr):
+def _query_gradient_kernel(theta, phi, g, grad_y, y, lse, delta_out, gtheta, queries, keys, depth, width,
+                           theta_b, theta_d, theta_n, phi_b, phi_d, phi_m, g_b, g_e, g_m, grad_b, grad_e,
+                           grad_n, y_b, y_e, y_n, out_b, out_d, out_n, BLOCK_N: tl.constexpr,
+                           BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+                           D_CHUNKS: tl.constexpr, E_CHUNKS: tl.constexpr, EVEN_D: tl.constexpr,
+                           EVEN_E: tl.constexpr, PRECISION: tl.constexpr):
     sample, rows = place(queries, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
     outputs = tl.arange(0, BLOCK_E)
@@ -393,15 +395,17 @@ def _query_gradient_kernel(theta, phi, g, grad_y, y, lse, delta_out, gtheta, que
     y += sample * y_b
     query = load_tile(tile_pointers(theta, rows, channels, theta_n, theta_d), rows, channels, queries, depth,
                       True, not EVEN_D)
-    grad = load_tile(tile_pointers(grad_y, rows, outputs, grad_n, grad_e), rows, outputs, queries, width, True,
+    grad = load_tile(tile_pointers(grad_y, rows, outputs, grad_n, grad_e), rows, outputs, queries, width,
+                     True, not EVEN_E)
+    mean = load_tile(tile_pointers(y, rows, outputs, y_n, y_e), rows, outputs, queries, width, True,
                      not EVEN_E)
-    mean = load_tile(tile_pointers(y, rows, outputs, y_n, y_e), rows, outputs, queries, width, True, not EVEN_E)
     delta = tl.sum(grad.to(tl.float32) * mean.to(tl.float32), 1)
     for index in tl.static_range(1, E_CHUNKS):
         others = index * BLOCK_E + outputs
-        more = load_tile(tile_pointers(grad_y, rows, others, grad_n, grad_e), rows, others, queries, width, True,
+        more = load_tile(tile_pointers(grad_y, rows, others, grad_n, grad_e), rows, others, queries, width,
+                         True, not EVEN_E)
+        mean = load_tile(tile_pointers(y, rows, others, y_n, y_e), rows, others, queries, width, True,
                          not EVEN_E)
-        mean = load_tile(tile_pointers(y, rows, others, y_n, y_e), rows, others, queries, width, True, not EVEN_E)
         delta += tl.sum(more.to(tl.float32) * mean.to(tl.float32), 1)
     log_sum = tl.load(lse + sample * queries + rows, rows < queries, other=0.0)
     if tl.program_id(1) == 0:
@@ -410,23 +414,23 @@ def _query_gradient_kernel(theta, phi, g, grad_y, y, lse, delta_out, gtheta, que
     gradient = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     full = keys // BLOCK_M * BLOCK_M
     for start in range(0, full, BLOCK_M):
-        gradient = _query_tile(gradient, query, grad, log_sum, delta, theta, phi, g, grad_y, rows, start, within,
-                               queries, keys, depth, width, theta_d, theta_n, phi_d, phi_m, g_e, g_m, grad_e,
-                               grad_n, BLOCK_M, BLOCK_D, BLOCK_E, D_CHUNKS, E_CHUNKS, EVEN_D, EVEN_E, False,
-                               PRECISION)
+        gradient = _query_tile(gradient, query, grad, log_sum, delta, theta, phi, g, grad_y, rows, start,
+                               within, queries, keys, depth, width, theta_d, theta_n, phi_d, phi_m, g_e, g_m,
+                               grad_e, grad_n, BLOCK_M, BLOCK_D, BLOCK_E, D_CHUNKS, E_CHUNKS, EVEN_D, EVEN_E,
+                               False, PRECISION)
     if full < keys:
-        gradient = _query_tile(gradient, query, grad, log_sum, delta, theta, phi, g, grad_y, rows, full, within,
-                               queries, keys, depth, width, theta_d, theta_n, phi_d, phi_m, g_e, g_m, grad_e,
-                               grad_n, BLOCK_M, BLOCK_D, BLOCK_E, D_CHUNKS, E_CHUNKS, EVEN_D, EVEN_E, True,
-                               PRECISION)
-    tl.store(tile_pointers(gtheta + sample * out_b, rows, within, out_n, out_d), gradient.to(gtheta.dtype.element_ty),
-             (rows[:, None] < queries) & (within[None, :] < depth))
+        gradient = _query_tile(gradient, query, grad, log_sum, delta, theta, phi, g, grad_y, rows, full,
+                               within, queries, keys, depth, width, theta_d, theta_n, phi_d, phi_m, g_e, g_m,
+                               grad_e, grad_n, BLOCK_M, BLOCK_D, BLOCK_E, D_CHUNKS, E_CHUNKS, EVEN_D, EVEN_E,
+                               True, PRECISION)
+    tl.store(tile_pointers(gtheta + sample * out_b, rows, within, out_n, out_d),
+             gradient.to(gtheta.dtype.element_ty), (rows[:, None] < queries) & (within[None, :] < depth))
 
 
 @triton.jit
-def _key_gradient_kernel(theta, phi, g, grad_y, lse, delta, gphi, gg, queries, keys, depth, width, theta_b, theta_d,
-                         theta_n, phi_b, phi_d, phi_m, g_b, g_e, g_m, grad_b, grad_e, grad_n, gphi_b, gphi_d,
-                         gphi_m, gg_b, gg_e, gg_m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+def _key_gradient_kernel(theta, phi, g, grad_y, lse, delta, gphi, gg, queries, keys, depth, width, theta_b,
+                         theta_d, theta_n, phi_b, phi_d, phi_m, g_b, g_e, g_m, grad_b, grad_e, grad_n, gphi_b,
+                         gphi_d, gphi_m, gg_b, gg_e, gg_m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
                          BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, D_CHUNKS: tl.constexpr,
                          E_CHUNKS: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
                          PRECISION: tl.constexpr):
@@ -446,28 +450,28 @@ def _key_gradient_kernel(theta, phi, g, grad_y, lse, delta, gphi, gg, queries, k
     grad_value = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for start in range(0, queries, BLOCK_N):
         positions = start + tl.arange(0, BLOCK_N)
-        query = load_tile(tile_pointers(theta, channels, positions, theta_d, theta_n), channels, positions, depth,
-                          queries, not EVEN_D, True)
+        query = load_tile(tile_pointers(theta, channels, positions, theta_d, theta_n), channels, positions,
+                          depth, queries, not EVEN_D, True)
         # A missing query has log-sum-exp inf: its weights are exactly 0.
         log_sum = tl.load(lse + sample * queries + positions, positions < queries, other=float("inf"))
         means = tl.load(delta + sample * queries + positions, positions < queries, other=0.0)
-        scores = contract(key, query, positions, phi, rows, phi_m, phi_d, theta, theta_n, theta_d, keys, queries,
-                          depth, BLOCK_D, D_CHUNKS, EVEN_D, True, PRECISION)
+        scores = contract(key, query, positions, phi, rows, phi_m, phi_d, theta, theta_n, theta_d, keys,
+                          queries, depth, BLOCK_D, D_CHUNKS, EVEN_D, True, PRECISION)
         weights = tl.exp2((scores - log_sum[None, :]) * LOG2E)
         grad = load_tile(tile_pointers(grad_y, outputs, positions, grad_e, grad_n), outputs, positions, width,
                          queries, not EVEN_E, True)
-        grad_weights = contract(value, grad, positions, g, rows, g_m, g_e, grad_y, grad_n, grad_e, keys, queries,
-                                width, BLOCK_E, E_CHUNKS, EVEN_E, True, PRECISION)
+        grad_weights = contract(value, grad, positions, g, rows, g_m, g_e, grad_y, grad_n, grad_e, keys,
+                                queries, width, BLOCK_E, E_CHUNKS, EVEN_E, True, PRECISION)
         grad_scores = weights * (grad_weights - means[None, :])
         if E_CHUNKS > 1:
             grad = load_tile(tile_pointers(grad_y, within_e, positions, grad_e, grad_n), within_e, positions,
                              width, queries, True, True)
         grad_value = tl.dot(weights.to(grad.dtype), tl.trans(grad), grad_value, input_precision=PRECISION)
         if D_CHUNKS > 1:
-            query = load_tile(tile_pointers(theta, within_d, positions, theta_d, theta_n), within_d, positions,
-                              depth, queries, True, True)
+            query = load_tile(tile_pointers(theta, within_d, positions, theta_d, theta_n), within_d,
+                              positions, depth, queries, True, True)
         grad_key = tl.dot(grad_scores.to(query.dtype), tl.trans(query), grad_key, input_precision=PRECISION)
-    tl.store(tile_pointers(gphi + sample * gphi_b, rows, within_d, gphi_m, gphi_d), grad_key.to(gphi.dtype.element_ty),
-             (rows[:, None] < keys) & (within_d[None, :] < depth))
-    tl.store(tile_pointers(gg + sample * gg_b, rows, within_e, gg_m, gg_e), grad_value.to(gg.dtype.element_ty),
-             (rows[:, None] < keys) & (within_e[None, :] < width))
+    tl.store(tile_pointers(gphi + sample * gphi_b, rows, within_d, gphi_m, gphi_d),
+             grad_key.to(gphi.dtype.element_ty), (rows[:, None] < keys) & (within_d[None, :] < depth))
+    tl.store(tile_pointers(gg + sample * gg_b, rows, within_e, gg_m, gg_e),
+             grad_value.to(gg.dtype.element_ty), (rows[:, None] < keys) & (within_e[None, :] < width))
