@@ -37,60 +37,72 @@ __device__ uint32_t bit_range(int first, int last) {
   return (~0u >> (32 - (last - first))) << first;
 }
 
-// A block owns one tile row and `chunk_words` words of it, a whole number of tiles.
-template <bool kAligned>
+enum class Source { kDense, kDenseUnaligned, kBits, kNothing };
+
+// Kept weights of a word of the mask: from 32 bools, from what was packed before, or all.
+template <Source kSource>
+__device__ uint32_t read_word(const uint8_t* dense, const MaskPointers& mask, const MaskSizes& sizes, int row, int word) {
+  const int column = word * 32;
+  const int count = min(32, sizes.columns - column);
+  if constexpr (kSource == Source::kDense) {
+    const auto* source = reinterpret_cast<const uint4*>(dense + row * static_cast<int64_t>(sizes.columns) + column);
+    return pack_word(__ldcs(source), __ldcs(source + 1));
+  } else if constexpr (kSource == Source::kDenseUnaligned) {
+    const uint8_t* source = dense + row * static_cast<int64_t>(sizes.columns) + column;
+    uint32_t value = 0;
+    for (int bit = 0; bit < count; ++bit) value |= (source[bit] != 0u) << bit;
+    return value;
+  } else if constexpr (kSource == Source::kBits) {
+    return mask.bits[row * static_cast<int64_t>(sizes.words) + word];
+  } else {
+    return bit_range(0, count);
+  }
+}
+
+// A block owns one tile row and `chunk_words` words of it, a whole number of tiles: it packs a dense mask and derives
+// the states from it, or reads bits that are there; and counts.
+template <Source kSource>
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(const uint8_t* __restrict__ dense, MaskPointers mask, MaskSizes sizes, int chunk_words) {
-  __shared__ uint32_t any[kChunkTiles];
+    scan_kernel(const uint8_t* __restrict__ dense, MaskPointers mask, MaskSizes sizes, int chunk_words) {
+  constexpr bool kPack = kSource == Source::kDense || kSource == Source::kDenseUnaligned;
+  __shared__ uint32_t kept[kChunkTiles];
+  __shared__ uint32_t totals[4];
   const int row_tile = blockIdx.y;
   const int first_word = blockIdx.x * chunk_words;
   const int chunk_tiles = chunk_words * 32 / sizes.tile_columns;
   const int words = min(chunk_words, sizes.words - first_word);
   const int first_row = row_tile * sizes.tile_rows;
   const int rows = min(sizes.tile_rows, sizes.rows - first_row);
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x < 4) mask.stats[threadIdx.x] = 0;
-  for (int tile = threadIdx.x; tile < chunk_tiles; tile += kThreads) any[tile] = 0;
+  for (int tile = threadIdx.x; tile < chunk_tiles; tile += kThreads) kept[tile] = 0;
+  if (threadIdx.x < 4) totals[threadIdx.x] = 0;
   __syncthreads();
 
-  constexpr int kFlight = 4;
+  constexpr int kFlight = 4;  // loads under way before the first is used
   for (int base = threadIdx.x; base < rows * words; base += kFlight * kThreads) {
-    uint32_t packed[kFlight];
-    if constexpr (kAligned) {
-      uint4 low[kFlight], high[kFlight];
+    uint32_t values[kFlight];
 #pragma unroll
-      for (int item = 0; item < kFlight; ++item) {
-        const int index = min(base + item * kThreads, rows * words - 1);
-        const int64_t row = first_row + index / words;
-        const auto* source =
-            reinterpret_cast<const uint4*>(dense + row * sizes.columns + (first_word + index % words) * 32);
-        low[item] = __ldcs(source);
-        high[item] = __ldcs(source + 1);
-      }
-#pragma unroll
-      for (int item = 0; item < kFlight; ++item) packed[item] = pack_word(low[item], high[item]);
-    } else {
-      for (int item = 0; item < kFlight; ++item) {
-        packed[item] = 0;
-        const int index = base + item * kThreads;
-        if (index >= rows * words) break;
-        const int column = (first_word + index % words) * 32;
-        const uint8_t* source = dense + (first_row + index / words) * static_cast<int64_t>(sizes.columns) + column;
-        for (int bit = 0; bit < min(32, sizes.columns - column); ++bit) packed[item] |= (source[bit] != 0u) << bit;
+    for (int item = 0; item < kFlight; ++item) {
+      const int index = base + item * kThreads;
+      values[item] = 0;
+      if (index < rows * words) {
+        values[item] = read_word<kSource>(dense, mask, sizes, first_row + index / words, first_word + index % words);
       }
     }
 #pragma unroll
     for (int item = 0; item < kFlight; ++item) {
       const int index = base + item * kThreads;
       if (index >= rows * words) break;
-      const int word = index % words;
-      const uint32_t value = packed[item];
-      if (mask.bits) mask.bits[(first_row + index / words) * static_cast<int64_t>(sizes.words) + first_word + word] = value;
+      const uint32_t value = values[item];
+      if (kPack && mask.bits) {
+        mask.bits[(first_row + index / words) * static_cast<int64_t>(sizes.words) + first_word + index % words] = value;
+      }
       if (value == 0) continue;
-      const int column = word * 32;
+      const int column = index % words * 32;
       for (int tile = column / sizes.tile_columns; tile * sizes.tile_columns < column + 32; ++tile) {
         const int first = max(tile * sizes.tile_columns - column, 0);
         const int last = min((tile + 1) * sizes.tile_columns - column, 32);
-        if (value & bit_range(first, last)) any[tile] = 1;
+        const int count = __popc(value & bit_range(first, last));
+        if (count) atomicAdd(&kept[tile], count);
       }
     }
   }
@@ -98,8 +110,23 @@ __global__ void __launch_bounds__(kThreads)
   for (int tile = threadIdx.x; tile < chunk_tiles; tile += kThreads) {
     const int column_tile = blockIdx.x * chunk_tiles + tile;
     if (column_tile >= sizes.column_tiles) break;
-    uint8_t& state = mask.state[row_tile * static_cast<int64_t>(sizes.column_tiles) + column_tile];
-    state = any[tile] ? max(state, static_cast<uint8_t>(1)) : 0;
+    uint8_t& place = mask.state[row_tile * static_cast<int64_t>(sizes.column_tiles) + column_tile];
+    int state = place;
+    if (kPack) {
+      state = kept[tile] ? max(state, 1) : 0;
+      place = static_cast<uint8_t>(state);
+    }
+    if (state == 0) continue;
+    const int area = rows * (min((column_tile + 1) * sizes.tile_columns, sizes.columns) - column_tile * sizes.tile_columns);
+    const int count = mask.bits ? static_cast<int>(kept[tile]) : area;
+    atomicAdd(&totals[state == 1 ? 0 : 1], 1u);
+    atomicAdd(&totals[2], static_cast<uint32_t>(count));
+    if (count != area) atomicAdd(&totals[3], 1u);
+  }
+  __syncthreads();
+  if (threadIdx.x < 4 && totals[threadIdx.x]) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(mask.stats) + threadIdx.x,
+              static_cast<unsigned long long>(totals[threadIdx.x]));
   }
 }
 
@@ -127,55 +154,16 @@ __device__ void compact(const uint8_t* state, int64_t stride, int length, int32_
   if (lane < 2) count[lane] = totals[lane];
 }
 
-// Blocks below row_tiles own a tile row and its share of the stats; the others own a tile column.
+// A warp a line of tiles: rows first, then columns.
 __global__ void __launch_bounds__(kThreads) list_kernel(MaskPointers mask, MaskSizes sizes) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (static_cast<int>(blockIdx.x) >= sizes.row_tiles) {
-    const int column = blockIdx.x - sizes.row_tiles;
-    if (warp == 0) {
-      compact(mask.state + column, sizes.column_tiles, sizes.row_tiles, mask.column_count + 2 * column,
-              mask.column_list + static_cast<int64_t>(column) * sizes.row_tiles);
-    }
-    return;
-  }
-  const int row = blockIdx.x;
-  const uint8_t* state = mask.state + static_cast<int64_t>(row) * sizes.column_tiles;
-  __shared__ uint32_t totals[4];
-  if (threadIdx.x < 4) totals[threadIdx.x] = 0;
-  __syncthreads();
-  if (warp == 0) {
-    compact(state, 1, sizes.column_tiles, mask.row_count + 2 * row,
-            mask.row_list + static_cast<int64_t>(row) * sizes.column_tiles);
-  }
-  const int first_row = row * sizes.tile_rows;
-  const int rows = min(sizes.tile_rows, sizes.rows - first_row);
-  for (int tile = warp; tile < sizes.column_tiles; tile += kWarps) {
-    const int kind = state[tile];
-    if (kind == 0) continue;
-    const int first = tile * sizes.tile_columns, last = min(first + sizes.tile_columns, sizes.columns);
-    int kept = rows * (last - first);
-    if (mask.bits) {
-      kept = 0;
-      const int first_word = first / 32, words = (last - 1) / 32 - first_word + 1;
-#pragma unroll 4
-      for (int index = lane; index < rows * words; index += 32) {
-        const int word = first_word + index % words;
-        const uint32_t range = bit_range(max(first - word * 32, 0), min(last - word * 32, 32));
-        kept += __popc(mask.bits[(first_row + index / words) * static_cast<int64_t>(sizes.words) + word] & range);
-      }
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) kept += __shfl_xor_sync(~0u, kept, offset);
-    }
-    if (lane == 0) {
-      atomicAdd(&totals[kind == 1 ? 0 : 1], 1u);
-      atomicAdd(&totals[2], static_cast<uint32_t>(kept));
-      if (kept != rows * (last - first)) atomicAdd(&totals[3], 1u);
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x < 4 && totals[threadIdx.x]) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(mask.stats) + threadIdx.x,
-              static_cast<unsigned long long>(totals[threadIdx.x]));
+  const int line = blockIdx.x * kWarps + threadIdx.x / 32, column = line - sizes.row_tiles;
+  if (line < sizes.row_tiles) {
+    const int64_t first = static_cast<int64_t>(line) * sizes.column_tiles;
+    compact(mask.state + first, 1, sizes.column_tiles, mask.row_count + 2 * line, mask.row_list + first);
+  } else if (column < sizes.column_tiles) {
+    const int64_t first = static_cast<int64_t>(column) * sizes.row_tiles;
+    compact(mask.state + column, sizes.column_tiles, sizes.row_tiles, mask.column_count + 2 * column,
+            mask.column_list + first);
   }
 }
 
@@ -315,27 +303,24 @@ void choose_few_rows(const ProductPointers& p, const MaskPointers& mask, const M
 
 }  // namespace
 
-void update_lists(const MaskPointers& mask, const MaskSizes& sizes, cudaStream_t stream, bool clear_stats) {
-  if (clear_stats) check(cudaMemsetAsync(mask.stats, 0, 4 * sizeof(int64_t), stream));
+void update_mask(const uint8_t* dense, const MaskPointers& mask, const MaskSizes& sizes, cudaStream_t stream) {
+  check(cudaMemsetAsync(mask.stats, 0, 4 * sizeof(int64_t), stream));
   if (sizes.row_tiles + sizes.column_tiles == 0) return;
-  list_kernel<<<sizes.row_tiles + sizes.column_tiles, kThreads, 0, stream>>>(mask, sizes);
-  check(cudaGetLastError());
-}
-
-void pack_mask(const uint8_t* dense, const MaskPointers& mask, const MaskSizes& sizes, cudaStream_t stream) {
-  const bool empty = sizes.row_tiles == 0 || sizes.column_tiles == 0;
-  if (!empty) {
-    int common = 32, columns = sizes.tile_columns;  // greatest power of two that divides both
-    while (columns % common) common /= 2;
+  if (sizes.row_tiles > 0 && sizes.column_tiles > 0) {
+    int common = 32;  // greatest power of two that divides both a word and a tile
+    while (sizes.tile_columns % common) common /= 2;
     const int unit = sizes.tile_columns / common;  // words until words and tiles end together
     const int chunk_words = (32 + unit - 1) / unit * unit;
     const dim3 grid((sizes.words + chunk_words - 1) / chunk_words, sizes.row_tiles);
     const bool aligned = sizes.columns % 32 == 0 && reinterpret_cast<uintptr_t>(dense) % 16 == 0;
-    const auto kernel = aligned ? pack_kernel<true> : pack_kernel<false>;
+    const auto kernel = dense ? (aligned ? scan_kernel<Source::kDense> : scan_kernel<Source::kDenseUnaligned>)
+                              : (mask.bits ? scan_kernel<Source::kBits> : scan_kernel<Source::kNothing>);
     kernel<<<grid, kThreads, 0, stream>>>(dense, mask, sizes, chunk_words);
     check(cudaGetLastError());
   }
-  update_lists(mask, sizes, stream, empty);
+  const int lines = sizes.row_tiles + sizes.column_tiles;
+  list_kernel<<<(lines + kWarps - 1) / kWarps, kThreads, 0, stream>>>(mask, sizes);
+  check(cudaGetLastError());
 }
 
 void few_rows(const ProductPointers& pointers, const MaskPointers& mask, const MaskSizes& sizes, int batch,

@@ -31,11 +31,8 @@ struct ProductPointers {
   void* y;
 };
 
-// Counts, lists and stats from state and bits; stats start from what they hold unless cleared.
-void update_lists(const MaskPointers& mask, const MaskSizes& sizes, cudaStream_t stream, bool clear_stats);
-
-// bool [N, K] to bits and state, then update_lists.
-void pack_mask(const uint8_t* dense, const MaskPointers& mask, const MaskSizes& sizes, cudaStream_t stream);
+// Counts, lists and stats from state and bits; with a bool [N, K] `dense`, first bits and state from that.
+void update_mask(const uint8_t* dense, const MaskPointers& mask, const MaskSizes& sizes, cudaStream_t stream);
 
 // y for 1 to 8 rows of x.  K, C and x_stride fill 16 bytes, pointers are aligned to 16, R is a multiple of 4.
 void few_rows(const ProductPointers& pointers, const MaskPointers& mask, const MaskSizes& sizes, int batch,

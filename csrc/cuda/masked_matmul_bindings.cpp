@@ -43,17 +43,11 @@ void register_masked_matmul(py::module_& module) {
   using Sizes = std::array<int, 4>;
   using Product = std::array<uintptr_t, 4>;
   module.def(
-      "masked_matmul_update_lists",
-      [](const Mask& mask, const Sizes& sizes, uintptr_t stream) {
-        rlnas::update_lists(mask_pointers(mask), mask_sizes(sizes), stream_of(stream), true);
-      },
-      "Counts, lists and stats from state and bits.");
-  module.def(
-      "masked_matmul_pack",
+      "masked_matmul_update",
       [](uintptr_t dense, const Mask& mask, const Sizes& sizes, uintptr_t stream) {
-        rlnas::pack_mask(pointer<const uint8_t>(dense), mask_pointers(mask), mask_sizes(sizes), stream_of(stream));
+        rlnas::update_mask(pointer<const uint8_t>(dense), mask_pointers(mask), mask_sizes(sizes), stream_of(stream));
       },
-      "bool [N, K] to bits and state, then lists and stats.");
+      "Counts, lists and stats from state and bits; with a bool [N, K] first bits and state from that.");
   module.def(
       "masked_matmul_few_rows",
       [](const Product& product, const Mask& mask, const Sizes& sizes, int batch, int64_t x_stride, int element,

@@ -149,15 +149,18 @@ def _alignment_refusal(source: torch.Tensor, weight: torch.Tensor) -> str | None
 
 def update_lists(mask: TileTensors) -> None:
     """Fills counts, lists and stats from state and bits, in place, without telling the host."""
-    native.cuda().masked_matmul_update_lists(_pointers(mask), (*mask.shape, *mask.tile), _stream(mask.state))
+    _update(None, mask)
 
 
 def pack_mask(dense: torch.Tensor, mask: TileTensors) -> None:
     """Packs bool [N, K] into bits and state, then updates the lists; reads ``dense`` once."""
-    dense = dense.contiguous()
-    native.cuda().masked_matmul_pack(
-        dense.data_ptr(), _pointers(mask), (*mask.shape, *mask.tile), _stream(mask.state)
-    )
+    _update(dense.contiguous(), mask)
+
+
+def _update(dense: torch.Tensor | None, mask: TileTensors) -> None:
+    address = 0 if dense is None or dense.numel() == 0 else dense.data_ptr()
+    sizes = (*mask.shape, *mask.tile)
+    native.cuda().masked_matmul_update(address, _pointers(mask), sizes, _stream(mask.state))
 
 
 def _pointers(mask: TileTensors) -> tuple[int, ...]:
