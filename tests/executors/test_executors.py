@@ -18,8 +18,8 @@ from rlnas_fast.executors.serial import Serial
 from rlnas_fast.search import Architecture, Budget, Executor, Measurement, Request
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned workers find the evaluators by this path
-import evaluators
-from evaluators import Deterministic, Dying, Placed
+import worker_evaluators as evaluators
+from worker_evaluators import Deterministic, Dying, Placed
 
 EXECUTORS: dict[str, Callable[[], Any]] = {
     "serial": Serial,
@@ -171,7 +171,7 @@ def test_an_evaluator_that_cannot_move_is_named() -> None:
 LONG_RUN = """
     import sys
     if __name__ == "__main__":
-        from evaluators import Placed
+        from worker_evaluators import Placed
         from test_executors import requests
         from rlnas_fast.executors.process_pool import ProcessPool
         pool = ProcessPool(2)

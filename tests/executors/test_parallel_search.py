@@ -15,7 +15,7 @@ from rlnas_fast.search.rewards import accuracy
 from rlnas_fast.storage.sqlite_log import SqliteLog
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned workers find the evaluators by this path
-from evaluators import Deterministic, KillsEveryTenth
+from worker_evaluators import Deterministic, KillsEveryTenth
 
 EIGHT = tuple("abcdefgh")
 
