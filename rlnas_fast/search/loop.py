@@ -118,7 +118,7 @@ def _evaluate(
     results: dict[int, tuple[Measurement, float, bool]] = {}
     first: dict[str, int] = {}
     for position, key in enumerate(stored):
-        known = cache.get(key) if cache else None
+        known = None if cache is None else cache.get(key)
         if known is not None:
             results[position] = (known, 0.0, True)
             on_measured(position, known, 0.0)
@@ -128,7 +128,7 @@ def _evaluate(
     for index, measurement, seconds in executor.run(evaluator, [requests[position] for position in fresh]):
         position = fresh[index]
         results[position] = (measurement, seconds, False)
-        if cache and not measurement.transient:
+        if cache is not None and not measurement.transient:
             cache.put(stored[position], measurement)
         on_measured(position, measurement, seconds)
     for position, key in enumerate(stored):

@@ -53,6 +53,8 @@ class CostReward:
         return ("accuracy", self.cost)
 
     def __call__(self, batch: Sequence[Measurement], before: Sequence[Trial]) -> list[float]:
+        if not batch:
+            return []
         target = self.target or self.first_batch_median(batch, before)
         return [
             self.shape(_number(measurement, "accuracy"), _number(measurement, self.cost) / target)
@@ -67,7 +69,7 @@ class CostReward:
             seen = [value for m in (*later, *batch) if m.failure is None and (value := m.value(self.cost))][
                 :1
             ]
-        return float(np.median(seen))
+        return float(np.median(seen or [_number(batch[0], self.cost)]))
 
 
 def accuracy() -> Reward:
