@@ -2,7 +2,7 @@
 
 Sizes: B batch, D channels of theta and phi, E channels of g, N query and M key positions.  A tensor
 [B, channels, positions] is read through its strides, so no layout is copied.  Channels beyond 256 are
-processed in chunks.  The backward has two passes, over query tiles for theta and over key tiles for phi
+processed in chunks.  float32 without TF32 has no tensor cores: ``library_core`` serves it.  The backward has two passes, over query tiles for theta and over key tiles for phi
 and g, neither with atomics, so it is bitwise reproducible.
 
 Source: Wang et al., Non-local Neural Networks (2018), eq. 1-4; Milakov and Gimelshein, Online normalizer
@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from rlnas_fast.ops.nonlocal_attention import library_core
 from rlnas_fast.ops.nonlocal_attention.cpu import like_queries
 from rlnas_fast.ops.triton_launch import Launch, current_stream, dot_precision
 
@@ -61,14 +62,18 @@ def attention_forward(
     Returns:
         y [B, E, N] in theta's dtype and order of strides; log-sum-exp [B, N] in float32.
     """
-    batch, depth, queries = theta.shape
-    width, keys = g.shape[1:]
+    batch, _, queries = theta.shape
+    width = g.shape[1]
     y = like_queries(theta, width)
     lse = theta.new_empty((batch, queries), dtype=torch.float32)
     if lse.numel() == 0 or width == 0:
         return y, lse
+    precision = dot_precision(theta.dtype)
+    if precision == "ieee" and tiles is None:
+        library_core.exact_forward(theta.mT, phi.mT, g.mT, y.mT, lse)
+        return y, lse
     launch = _forward_launch(
-        _layout(theta), _layout(phi), _layout(g), _layout(y), theta.dtype, dot_precision(theta.dtype), tiles
+        _layout(theta), _layout(phi), _layout(g), _layout(y), theta.dtype, precision, tiles
     )
     launch(current_stream(theta.get_device()), theta, phi, g, y, lse)
     return y, lse
@@ -89,8 +94,14 @@ def attention_backward(
     gtheta, gphi, gg = (like_queries(tensor, tensor.shape[1]) for tensor in (theta, phi, g))
     if lse.numel() == 0 or phi.numel() == 0 or g.numel() == 0:
         return gtheta.zero_(), gphi.zero_(), gg.zero_()
-    delta = torch.empty_like(lse)
     precision = dot_precision(theta.dtype)
+    if precision == "ieee" and query_tiles is None and key_tiles is None:
+        rows = (tensor.mT for tensor in (grad_y, theta, phi, g, y))
+        gradients = library_core.attention_backward(*rows, lse)
+        for target, gradient in zip((gtheta, gphi, gg), gradients, strict=True):
+            target.copy_(gradient.mT)
+        return gtheta, gphi, gg
+    delta = torch.empty_like(lse)
     layouts = tuple(_layout(tensor) for tensor in (theta, phi, g, grad_y, y))
     stream = current_stream(theta.get_device())
     query_pass = _query_launch(*layouts, _layout(gtheta), theta.dtype, precision, query_tiles)
