@@ -13,8 +13,7 @@ void register_concatenation(py::module_& module) {
                                        const std::array<std::uintptr_t, 6>& data, int threads) {
     const py::gil_scoped_release release;
     const auto at = [&](int i) { return reinterpret_cast<float*>(data[i]); };
-    const rlnas::Sweep job{sizes[0], sizes[1], sizes[2], sizes[3], scale, at(0), at(1),
-                           at(2),    at(3),    at(4),    at(5),    threads};
-    RLNAS_DISPATCH(sweep, job);
+    const rlnas::SweepShape shape{sizes[0], sizes[1], sizes[2], sizes[3], scale, threads};
+    RLNAS_DISPATCH(concatenation_sweep, shape, at(0), at(1), at(2), at(3), at(4), at(5));
   });
 }

@@ -6,11 +6,14 @@
 
 #include <array>
 
+#include "cpu/concatenation.h"
+
 namespace py = pybind11;
 using namespace rlnas;
 
 namespace {
 
+enum Kind { kSoftmax, kDotProduct, kConcatenation };  // as in rlnas_fast/ops/nonlocal_attention/cpu.py
 using Pointer = std::uintptr_t;
 using Strides = std::array<int64_t, 5>;  // batch, channel, depth, height, width
 using Pointers4 = std::array<Pointer, 4>;
@@ -52,21 +55,20 @@ BlockSaved block_saved(const Pointers4& p) {
 void register_nonlocal_attention(py::module_& module) {
   module.def(
       "nonlocal_block_forward",
-      [](bool softmax, std::array<int64_t, 4> sizes, std::array<int64_t, 3> space, std::array<int64_t, 3> pool,
+      [](int kind, std::array<int64_t, 4> sizes, std::array<int64_t, 3> space, std::array<int64_t, 3> pool,
          bool residual, bool deterministic, int threads, int dtype, const Pointers8& weights, Pointer x, Strides x_strides, Pointer z,
          Strides z_strides, const Pointers4& saved) {
         const py::gil_scoped_release release;
         const BlockShape shape = block_shape(sizes, space, pool, residual, deterministic, threads);
         const BlockWeights given = block_weights(dtype, weights);
         const View from = view(x, dtype, x_strides), to = view(z, dtype, z_strides);
-        if (softmax)
-          RLNAS_DISPATCH(block_forward, shape, given, from, to, block_saved(saved));
-        else
-          RLNAS_DISPATCH(dot_product_forward, shape, given, from, to, block_saved(saved));
+        if (kind == kSoftmax) RLNAS_DISPATCH(block_forward, shape, given, from, to, block_saved(saved));
+        if (kind == kDotProduct) RLNAS_DISPATCH(dot_product_forward, shape, given, from, to, block_saved(saved));
+        if (kind == kConcatenation) RLNAS_DISPATCH(concatenation_forward, shape, given, from, to, block_saved(saved));
       });
   module.def(
       "nonlocal_block_backward",
-      [](bool softmax, std::array<int64_t, 4> sizes, std::array<int64_t, 3> space, std::array<int64_t, 3> pool,
+      [](int kind, std::array<int64_t, 4> sizes, std::array<int64_t, 3> space, std::array<int64_t, 3> pool,
          bool residual, bool deterministic, int threads, int dtype, const Pointers8& weights, Pointer x, Strides x_strides,
          Pointer grad_z, Strides grad_z_strides, const Pointers4& saved, Pointer grad_x, Strides grad_x_strides,
          const Pointers8& gradients) {
@@ -77,10 +79,11 @@ void register_nonlocal_attention(py::module_& module) {
         const View from = view(x, dtype, x_strides), upstream = view(grad_z, dtype, grad_z_strides);
         const View to = view(grad_x, dtype, grad_x_strides);
         const BlockGradients into{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
-        if (softmax)
-          RLNAS_DISPATCH(block_backward, shape, given, from, upstream, block_saved(saved), to, into);
-        else
-          RLNAS_DISPATCH(dot_product_backward, shape, given, from, upstream, block_saved(saved), to, into);
+        const BlockSaved kept = block_saved(saved);
+        if (kind == kSoftmax) RLNAS_DISPATCH(block_backward, shape, given, from, upstream, kept, to, into);
+        if (kind == kDotProduct) RLNAS_DISPATCH(dot_product_backward, shape, given, from, upstream, kept, to, into);
+        if (kind == kConcatenation)
+          RLNAS_DISPATCH(concatenation_backward, shape, given, from, upstream, kept, to, into);
       });
   module.def("nonlocal_attention_forward",
              [](std::array<int64_t, 5> sizes, bool deterministic, int threads, int dtype,

@@ -1,7 +1,7 @@
 """``nonlocal_block``: projections, attention, W_z and residual in as few passes as pay.
 
-The softmax block is one operator.  On a CPU it runs in C++; on a GPU in Triton where ``triton_block`` says
-that it fits; elsewhere the pieces are composed from ``nonlocal_attention`` and plain PyTorch.
+The block is one operator.  On a CPU it runs in C++; on a GPU, for softmax and the dot product's forward, in
+Triton where ``triton_block`` says that it fits; elsewhere it is composed from ``nonlocal_attention``.
 """
 
 from __future__ import annotations
@@ -77,11 +77,18 @@ def nonlocal_block(
         return reference.nonlocal_block(
             x, theta, phi, g, out, biases=biases, pair=pair, kind=kind, pool=tuple(windows), residual=residual
         )
-    if theta is not None and phi is not None:
+    if pair is not None and theta is not None and phi is not None and _trivial(windows):
+        # Two linear maps in a row are one; a pooling would stand between phi and its part of the pair.
+        first, second = pair.unflatten(0, (2, 1, -1))
+        theta, theta_bias = _joined(first, theta, biases[0])
+        phi, phi_bias = _joined(second, phi, biases[1])
+        biases, pair = (theta_bias, phi_bias, *biases[2:]), None
+    if theta is not None and phi is not None and pair is None:
         weights = (theta, phi, g, out)
-        if fused_kernels(kind, x, weights, biases, windows, backend):
-            tensors = (x, *weights, *biases)
-            if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
+        tensors = (x, *weights, *biases)
+        wanted = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+        if fused_kernels(kind, x, weights, biases, windows, backend, wanted):
+            if wanted:
                 z: torch.Tensor = _Block.apply(windows, residual, kind, *tensors)
                 return z
             return _forward_op(*tensors, windows, residual, False, kind)[0]
@@ -124,12 +131,9 @@ def _composed(
     rows = flat.stride(1) == 1  # channels innermost
     theta_bias, phi_bias, g_bias, out_bias = biases
     second = None
-    if pair is not None and theta is not None and phi is not None:
+    if pair is not None and theta is not None:
         first, second = pair.unflatten(0, (2, 1, -1))
         theta, theta_bias = _joined(first, theta, theta_bias)
-        if _trivial(windows):  # a maximum stands between phi and its weights otherwise
-            phi, phi_bias = _joined(second, phi, phi_bias)
-            second = None
 
     def pooled(features: torch.Tensor) -> torch.Tensor:
         if _trivial(windows):
@@ -170,18 +174,21 @@ def fused_kernels(
     biases: Biases,
     windows: list[int],
     backend: str,
-) -> str:
-    """Returns ``cpu`` or ``triton``, whose fused block takes these operands, or nothing."""
-    if kind not in ("embedded_gaussian", "dot_product"):
-        return ""
+    wanted: bool,
+) -> bool:
+    """Says whether one operator runs the whole block; ``wanted``: whether gradients are."""
     name = kernels_name(backend, x.device.type, x.dtype)
     if math.prod(windows) > LARGEST_WINDOW or not all(weight.is_contiguous() for weight in weights):
-        return ""
-    if name == "triton" and kind == "embedded_gaussian":
-        from rlnas_fast.ops.nonlocal_attention import triton_block
+        return False
+    if name == "cpu":
+        return kind in cpu.KINDS
+    if name != "triton" or kind not in ("embedded_gaussian", "dot_product"):
+        return False
+    if kind == "dot_product" and (wanted or x.dtype == torch.float32):
+        return False
+    from rlnas_fast.ops.nonlocal_attention import triton_block
 
-        return name if triton_block.supports(x, triton_block.Projections(*weights, *biases)) else ""
-    return "cpu" if name == "cpu" else ""
+    return bool(triton_block.supports(x, triton_block.Projections(*weights, *biases)))
 
 
 def _trivial(windows: list[int]) -> bool:
@@ -289,11 +296,12 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     if x.device.type == "cpu":
         z, saved = cpu.block_forward(kind, x, weights, biases, windows, residual, save)
     else:
-        from rlnas_fast.ops.nonlocal_attention import triton_block
+        from rlnas_fast.ops.nonlocal_attention import triton_block, triton_dot
 
-        z, saved = triton_block.block_forward(
-            x, triton_block.Projections(*weights, *biases), pool=tuple(windows), residual=residual, save=save
-        )
+        given = triton_block.Projections(*weights, *biases)
+        if kind == "dot_product":
+            return triton_dot.block_forward(x, given, pool=tuple(windows), residual=residual), []
+        z, saved = triton_block.block_forward(x, given, pool=tuple(windows), residual=residual, save=save)
     return z, [tensor for tensor in saved or () if tensor is not None]
 
 
@@ -361,6 +369,9 @@ def block_flops(
     if kind == "embedded_gaussian":
         forward = projections + output + positions * keys * (inner + width)
         backward = 2 * (projections + output) + positions * keys * (3 * inner + 2 * width)
+    elif kind == "concatenation":  # lower bounds: sorting is not counted
+        forward = projections + output + positions * 4 * width
+        backward = 2 * (projections + output) + positions * 7 * width
     else:
         small, mixed = keys * inner * width, channels * inner * width
         output = positions * channels * inner

@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {"embedded_gaussian": 0, "dot_product": 1, "concatenation": 2}  # with a fused block
 Weights = tuple[torch.Tensor, ...]  # theta, phi, g, out
 Biases = tuple[torch.Tensor | None, ...]
 
@@ -55,7 +56,7 @@ def like_queries(theta: torch.Tensor, width: int) -> torch.Tensor:
 def attention_forward(
     theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention of theta [B, D, N], phi [B, D, M], g [B, E, M]: y [B, E, N], lse [B, N] in float32."""
+    """Softmax attention of theta [B, D, N], phi [B, D, M], g [B, E, M]: y [B, E, N], float32 lse [B, N]."""
     y = like_queries(theta, g.shape[1])
     lse = theta.new_empty((theta.shape[0], theta.shape[2]), dtype=torch.float32)
     tensors = (theta, phi, g, y)
@@ -101,7 +102,7 @@ def _attention_sizes(theta: torch.Tensor, g: torch.Tensor) -> tuple[int, ...]:
 def block_forward(
     kind: str, x: torch.Tensor, weights: Weights, biases: Biases, pool: list[int], residual: bool, save: bool
 ) -> tuple[torch.Tensor, Saved | None]:
-    """The whole block of kind embedded_gaussian or dot_product, and what its backward needs if ``save``."""
+    """The whole block of one of KINDS, and what its backward needs if ``save``."""
     z = torch.empty_like(x)
     saved = empty_saved(kind, x, weights, pool) if save else None
     native.cpu().nonlocal_block_forward(
@@ -152,12 +153,13 @@ def empty_saved(kind: str, x: torch.Tensor, weights: Weights, pool: list[int]) -
     inner, value = weights[0].shape[0], weights[2].shape[0]
     positions = math.prod(space)
     keys = math.prod(size // window for size, window in zip(space, pool, strict=True))
-    softmax = kind == "embedded_gaussian"
+    attention = (batch, value, inner) if kind == "dot_product" else (batch, positions, value)
+    rows_with_lse = positions if kind == "embedded_gaussian" else 0
     pooled = keys if any(window > 1 for window in pool) else 0
     return Saved(
         x.new_empty((batch, positions, 2 * inner + value), dtype=torch.float32),
-        x.new_empty((batch, positions, value) if softmax else (batch, value, inner), dtype=torch.float32),
-        x.new_empty((batch, positions if softmax else 0), dtype=torch.float32),
+        x.new_empty(attention, dtype=torch.float32),
+        x.new_empty((batch, rows_with_lse), dtype=torch.float32),
         x.new_empty((batch, pooled, inner + value), dtype=torch.uint8),
     )
 
@@ -173,7 +175,7 @@ def _block_arguments(
     theta, _, g, _ = weights
     missing = 5 - x.dim()
     return (
-        kind == "embedded_gaussian",
+        KINDS[kind],
         (x.shape[0], x.shape[1], theta.shape[0], g.shape[0]),
         (1,) * missing + tuple(x.shape[2:]),
         (1,) * missing + tuple(pool),

@@ -17,6 +17,7 @@ from rlnas_fast.ops.nonlocal_attention import reference
 from rlnas_fast.ops.nonlocal_attention.concatenation import concatenation_attention
 from rlnas_fast.ops.nonlocal_attention.cpu import like_queries
 from rlnas_fast.ops.nonlocal_attention.dispatch import DTYPES, check_backend, kernels
+from rlnas_fast.ops.nonlocal_attention.plan import dot_product_algorithm
 
 __all__ = ["KINDS", "nonlocal_attention"]
 
@@ -94,7 +95,7 @@ def _dot_product(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor) -> tor
     """Reassociates (g phi^T) theta where that costs less than g (phi^T theta)."""
     depth, queries = theta.shape[1:]
     width, keys = g.shape[1:]
-    if queries * keys * (depth + width) < depth * width * (queries + keys):
+    if dot_product_algorithm(depth, width, queries, keys) == "direct":
         left, right = g, torch.bmm(phi.mT, theta) / keys
     else:
         left, right = torch.bmm(g, phi.mT) / keys, theta

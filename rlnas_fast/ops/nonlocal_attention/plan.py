@@ -18,7 +18,7 @@ class Plan:
     """What one forward of a block does.
 
     Attributes:
-        algorithm: fused-softmax | composed-softmax | gram | reassociated | direct | sorted.
+        algorithm: fused-softmax | composed-softmax | reassociated | direct | sorted.
         kernels: ``cpu``, ``triton``, ``cuda``, or ``torch`` for plain PyTorch.
         reason: why these.
         flops: of the forward, 2 a multiply-add; a lower bound where sorting is involved.
@@ -32,24 +32,10 @@ class Plan:
     bytes: int
 
 
-def dot_product_algorithm(
-    channels: int, inner: int, queries: int, keys: int, pooled: bool
-) -> tuple[str, int]:
-    """Returns the cheapest exact form of the dot-product block and its multiply-adds an image.
-
-    ``gram``: z = (I + A) x with A from the C x C Gram matrix of x; ``reassociated``: (g phi^T) theta;
-    ``direct``: g (phi^T theta).
-    """
-    projections = 4 * queries * channels * inner
-    costs = {
-        "direct": projections + 2 * queries * keys * inner,
-        "reassociated": projections + (queries + keys) * inner * inner,
-    }
-    if not pooled:
-        small = 2 * channels * channels * inner + 2 * channels * inner * inner
-        costs["gram"] = 3 * queries * channels * channels // 2 + small
-    algorithm = min(costs, key=costs.__getitem__)
-    return algorithm, costs[algorithm]
+def dot_product_algorithm(inner: int, width: int, queries: int, keys: int) -> str:
+    """Returns the cheaper exact order: ``direct`` g (phi^T theta), or ``reassociated`` (g phi^T) theta."""
+    direct = queries * keys * (inner + width)
+    return "direct" if direct < inner * width * (queries + keys) else "reassociated"
 
 
 def plan_block(
@@ -70,16 +56,23 @@ def plan_block(
     found = "torch" if module is None else module.__name__.rpartition(".")[2].removesuffix("_kernels")
     moved = dtype.itemsize * (2 * batch * channels * queries + 4 * channels * inner)
     depth = channels if kind == "gaussian" else inner
-    if kind == "dot_product":
-        algorithm, products = dot_product_algorithm(channels, inner, queries, keys, keys != queries)
-        reason = f"fewest multiply-adds for N = {queries}, M = {keys}, C = {channels}, C' = {inner}"
+    products = queries * channels * (2 * inner if kind == "gaussian" else 4 * inner)
+    if kind == "dot_product" and found == "cpu":
+        algorithm = "reassociated"
+        products += keys * inner * inner + channels * inner * inner
+        reason = "one fused kernel; (W_z g phi^T) theta is linear in N and was faster than every other order"
+    elif kind == "dot_product":
+        algorithm = dot_product_algorithm(inner, inner, queries, keys)
+        direct = algorithm == "direct"
+        products += queries * keys * 2 * inner if direct else (queries + keys) * inner * inner
+        reason = f"fewest multiply-adds for N = {queries}, M = {keys}, C' = {inner}"
     elif kind == "concatenation":
         algorithm = "sorted"
-        products = 2 * queries * channels * (inner + 1) + (2 * queries + 2 * keys) * inner
-        reason = "ReLU(a + b) is piecewise linear: sort and prefix sums, O(N log N + N C')"
+        products = 2 * queries * channels * (inner + 1) + 4 * queries * inner
+        reason = "ReLU(a + b) is piecewise linear: sort and running sums, O(N log N + N C')"
     else:
-        products = queries * channels * (2 * (depth if kind != "gaussian" else 0) + 2 * inner)
         products += queries * keys * (depth + inner)
-        algorithm = "fused-softmax" if kind == "embedded_gaussian" and found == "cpu" else "composed-softmax"
+        fused = kind == "embedded_gaussian" and found in ("cpu", "triton")
+        algorithm = "fused-softmax" if fused else "composed-softmax"
         reason = f"online softmax in {found} kernels" if module else f"no kernel for {dtype} on {device}"
     return Plan(algorithm, found, reason, 2 * batch * products, moved)
