@@ -10,6 +10,8 @@ namespace {
 // exact.
 constexpr int kZeroPoint = 128;
 
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
 struct Layout {
   int64_t width, blocks, depth;  // depth: steps of a tile, rounded up to 4
   explicit Layout(const Direction& d)
@@ -106,18 +108,43 @@ void quantise_row(const float* x, const Direction& d, const int32_t* permutation
   const float inverse = top > 0 && std::isfinite(top) ? 127.0f / top : 0.0f;
   // Two loops, so that the product is rounded before the sum: the reference has no fused multiply-add.
   for (int64_t k = 0; k < padded; k += kLanes) store(staged + k, load(staged + k) * inverse);
-  // Adding and taking away 1.5 * 2^23 rounds to the nearest even integer.
-  for (int64_t k = 0; k < padded; k += kLanes) store(staged + k, (load(staged + k) + 0x1.8p23f) - 0x1.8p23f);
+  // Adding and taking away 1.5 * 2^23 rounds to the nearest even integer; NaN becomes 0, its row is poisoned
+  // anyway.
+  for (int64_t k = 0; k < padded; k += kLanes) {
+    const Vector q = (load(staged + k) + 0x1.8p23f) - 0x1.8p23f;
+    store(staged + k, q == q ? q : Vector{});
+  }
+  uint8_t* const bytes = reinterpret_cast<uint8_t*>(staged);  // byte k is written after float k was read
+  for (int64_t k = 0; k < padded; k += kLanes) {
+    const IntVector q = __builtin_convertvector(load(staged + k), IntVector) + kZeroPoint;
+    const Bytes narrow = __builtin_convertvector(q, Bytes);
+    std::memcpy(bytes + k, &narrow, kLanes);
+  }
+  if (layout.depth == d.tile_in && d.in % 4 == 0) {  // tiles follow each other without gaps
+    for (int64_t k = 0; k < d.in; k += 4) std::memcpy(panel + k * rows + r * 4, bytes + k, 4);
+    return;
+  }
   for (int64_t j = 0; j < d.tiles_in; ++j)
     for (int64_t s = 0; s < layout.depth; s += 4) {
       uint8_t four[4];
       for (int c = 0; c < 4; ++c) {
         const int64_t k = j * d.tile_in + s + c;
-        const float q = s + c < d.tile_in && k < d.in ? staged[k] : 0.0f;
-        four[c] = static_cast<uint8_t>(static_cast<int>(q == q ? q : 0.0f) + kZeroPoint);
+        four[c] = s + c < d.tile_in && k < d.in ? bytes[k] : static_cast<uint8_t>(kZeroPoint);
       }
       std::memcpy(panel + ((j * layout.depth + s) * rows) + r * 4, four, 4);
     }
+}
+
+// A complete tile: four bytes of a row stay together.
+void pack_complete_tile(const int8_t* from, int64_t stride, const Layout& layout, int8_t* to,
+                        int32_t* corrections) {
+  for (int64_t c = 0; c < layout.width; ++c) {
+    const int8_t* row = from + c * stride;
+    int32_t total = 0;
+    for (int64_t s = 0; s < layout.depth; ++s) total += row[s];
+    for (int64_t s = 0; s < layout.depth; s += 4) std::memcpy(to + (s * layout.width) + c * 4, row + s, 4);
+    corrections[c] = -kZeroPoint * total;
+  }
 }
 
 }  // namespace
@@ -133,6 +160,12 @@ void pack_int8(const Weight& w, int8_t* packed, int32_t* corrections, int thread
       for (int64_t t = 0; t < live; ++t) {
         const int64_t at = before + b * live + t;
         int8_t* to = packed + at * layout.depth * layout.width;
+        const int64_t n0 = i * d.tile_out + b * layout.width, k0 = tiles[t] * d.tile_in;
+        const bool whole = (b + 1) * layout.width <= d.tile_out && n0 + layout.width <= d.out;
+        if (!w.bits && whole && layout.depth == d.tile_in && k0 + d.tile_in <= d.in) {
+          pack_complete_tile(w.payload + n0 * d.in + k0, d.in, layout, to, corrections + at * layout.width);
+          continue;
+        }
         std::memset(to, 0, static_cast<size_t>(layout.depth * layout.width));
         for (int64_t c = 0; c < layout.width; ++c) {
           const int64_t local = b * layout.width + c, n = i * d.tile_out + local;

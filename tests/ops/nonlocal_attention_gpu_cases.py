@@ -24,7 +24,9 @@ def attention(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor) -> torch.
     return (torch.softmax(theta.mT @ phi, -1) @ g.mT).mT
 
 
-def block(x: torch.Tensor, weights: Projections, pool: tuple[int, ...] | None, residual: bool) -> torch.Tensor:
+def block(
+    x: torch.Tensor, weights: Projections, pool: tuple[int, ...] | None, residual: bool
+) -> torch.Tensor:
     """The block of the paper, written with convolutions."""
     dims = x.dim() - 2
     convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]

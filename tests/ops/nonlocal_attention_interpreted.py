@@ -68,7 +68,9 @@ def check_block() -> None:
         found = (z, gx, *(gradient for gradient in gweights if gradient is not None))
         if bias:  # phi's bias shifts all logits of a row alike: its gradient is 0
             index = names.index("phi_bias")
-            compare(f"block {number}, bias of phi", found[index : index + 1], (torch.zeros(depth),), torch.float16)
+            compare(
+                f"block {number}, bias of phi", found[index : index + 1], (torch.zeros(depth),), torch.float16
+            )
             found, wanted = (each[:index] + each[index + 1 :] for each in (found, wanted))
         compare(f"block {number}", found, wanted, torch.float32)
 

@@ -52,7 +52,9 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def within_twice_plain(found: cases.Tensors, plain: cases.Tensors, exact: cases.Tensors, dtype: torch.dtype) -> None:
+def within_twice_plain(
+    found: cases.Tensors, plain: cases.Tensors, exact: cases.Tensors, dtype: torch.dtype
+) -> None:
     """The rule of flash-attention's tests: at most twice the error of plain PyTorch in the same dtype."""
     for index, (ours, theirs, truth) in enumerate(zip(found, plain, exact, strict=True)):
         error, allowed = cases.distance(ours, truth), 2 * cases.distance(theirs, truth) + FLOOR[dtype]
@@ -123,7 +125,11 @@ def test_block_is_as_exact_as_plain_pytorch(
         return cases.gradients(output, inputs, grad.to(precision))
 
     exact, plain = reference(torch.float64), reference(dtype)
-    names = ["z", "x", *(f for f, w in zip(triton_block.Projections._fields, weights, strict=True) if w is not None)]
+    names = [
+        "z",
+        "x",
+        *(f for f, w in zip(triton_block.Projections._fields, weights, strict=True) if w is not None),
+    ]
     # phi's bias shifts all logits of a row alike: its gradient is 0, and relative error means nothing.
     for name, ours, theirs, truth in zip(names, found, plain, exact, strict=True):
         if name != "phi_bias":
@@ -215,7 +221,9 @@ def test_captured_graph_replays_on_new_inputs(kernels: ModuleType) -> None:
     graph.replay()
     wanted, wanted_lse = kernels.attention_forward(theta, phi, g)
     assert torch.equal(y, wanted)
-    for ours, again in zip(gradients, kernels.attention_backward(wanted, theta, phi, g, wanted, wanted_lse), strict=True):
+    for ours, again in zip(
+        gradients, kernels.attention_backward(wanted, theta, phi, g, wanted, wanted_lse), strict=True
+    ):
         assert torch.equal(ours, again)
 
 
@@ -294,7 +302,9 @@ def test_hopper_build_uses_wgmma_and_spills_nothing(which: str, inner: int) -> N
             [*[half] * 4, single],
         ),
         "queries": (
-            functools.partial(triton_kernels._query_launch, theta, phi, g, theta, theta, theta, half, "tf32", None),
+            functools.partial(
+                triton_kernels._query_launch, theta, phi, g, theta, theta, theta, half, "tf32", None
+            ),
             [*[half] * 5, single, single, half],
         ),
         "keys": (

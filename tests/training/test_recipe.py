@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from rlnas_fast.errors import ConfigError
+from rlnas_fast.search import Budget
 from rlnas_fast.training.recipe import Recipe
+
+
+def test_shifts_images_that_are_seen_often_unless_told() -> None:
+    assert Recipe().augmentations(Budget(9)) == ()
+    assert Recipe().augmentations(Budget(10)) == ("shift",)
+    assert Recipe(augment=()).augmentations(Budget(10)) == ()
+    assert Recipe(augment=("flip",)).augmentations(Budget(1)) == ("flip",)
 
 
 @pytest.mark.parametrize(
