@@ -39,7 +39,8 @@ def inside_over_by_hand(quick: bool) -> float:
 
     def by_hand() -> None:
         torch.manual_seed(0)
-        _train_by_hand(space.build(architecture, task.spec), *data, epochs=8)
+        network = space.build(architecture, task.spec).to(memory_format=torch.channels_last)
+        _train_by_hand(network, *data, epochs=8)
 
     times = interleaved(
         {"ours": lambda: evaluator.train(request), "by hand": by_hand}, repeats=9 if quick else 31, warmup=2

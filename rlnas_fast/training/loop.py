@@ -72,6 +72,7 @@ def train(
     optimizer = _optimizer(module, recipe)
     count = len(data.x)
     batch_size = min(recipe.batch_size, count)
+    augmentations = recipe.augmentations(budget)
     steps = count // batch_size
     guessing = math.log(int(data.y.max()) + 1)
     curve: list[float] = []
@@ -91,7 +92,7 @@ def train(
                 group["lr"] = recipe.learning_rate * _rate(spent, recipe.warmup)
             rows = order[step * batch_size : (step + 1) * batch_size]
             x = data.normalise(data.x[rows])
-            for name in recipe.augment:
+            for name in augmentations:
                 x = AUGMENTATIONS[name](x, chance)
             with precision(recipe, device):
                 batch_loss = F.cross_entropy(module(x), data.y[rows], label_smoothing=recipe.label_smoothing)
