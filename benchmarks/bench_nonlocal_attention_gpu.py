@@ -17,7 +17,14 @@ from pathlib import Path
 
 import torch
 from harness import Row, _environment, _show, ratio
-from nonlocal_attention_gpu_peers import Block, Case, dot_peers, host_microseconds, microseconds, softmax_peers
+from nonlocal_attention_gpu_peers import (
+    Block,
+    Case,
+    dot_peers,
+    host_microseconds,
+    microseconds,
+    softmax_peers,
+)
 
 from rlnas_fast.ops.nonlocal_attention import nonlocal_block
 
@@ -41,7 +48,9 @@ def separate(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [x.requires_grad_(), *(piece.clone().requires_grad_() for piece in pieces)]
 
 
-def contenders(peers: dict[str, Block], kind: str, case: Case, backward: bool) -> dict[str, list[Callable[[], object]]]:
+def contenders(
+    peers: dict[str, Block], kind: str, case: Case, backward: bool
+) -> dict[str, list[Callable[[], object]]]:
     """Closures of every contender, one for each set of inputs."""
     calls: dict[str, list[Callable[[], object]]] = {}
     mine = functools.partial(ours, kind=kind)
@@ -51,8 +60,10 @@ def contenders(peers: dict[str, Block], kind: str, case: Case, backward: bool) -
         grad = torch.randn_like(tensors[0])
         for name, peer in {"ours": mine, **peers}.items():
             inputs = separate(tensors) if name == "ours" else nchw if name.startswith("textbook") else tensors
-            run = functools.partial(gradients, peer, inputs, grad, case) if backward else functools.partial(
-                inference, peer, [tensor.detach() for tensor in inputs], case
+            run = (
+                functools.partial(gradients, peer, inputs, grad, case)
+                if backward
+                else functools.partial(inference, peer, [tensor.detach() for tensor in inputs], case)
             )
             calls.setdefault(name, []).append(run)
     return calls
@@ -76,7 +87,10 @@ def usable(calls: dict[str, list[Callable[[], object]]]) -> dict[str, list[Calla
             torch.cuda.synchronize()
             kept[name] = closures
         except Exception as error:
-            print(f"  {name} cannot run: {str(error).splitlines()[0] if str(error) else error!r}"[:200], flush=True)
+            print(
+                f"  {name} cannot run: {str(error).splitlines()[0] if str(error) else error!r}"[:200],
+                flush=True,
+            )
     return kept
 
 
@@ -89,7 +103,9 @@ def measure(only: str, compiled: bool) -> list[Row]:
                 continue
             peers = softmax_peers(compiled=compiled)
             calls = usable(contenders(peers, "embedded_gaussian", case, backward))
-            rows += compare(f"softmax {case} {what}", calls, WANTED.get((case.batch, case.channels, case.side)))
+            rows += compare(
+                f"softmax {case} {what}", calls, WANTED.get((case.batch, case.channels, case.side))
+            )
             torch._dynamo.reset()
     for case in DOT:
         for backward in (False, True):
@@ -103,7 +119,9 @@ def measure(only: str, compiled: bool) -> list[Row]:
         call = functools.partial(ours, *tensors, kind="embedded_gaussian", pooled=False)
         with torch.no_grad():
             call()
-            rows.append(Row("host overhead of one call", host_microseconds(call), 15.0, unit="us", at_most=True))
+            rows.append(
+                Row("host overhead of one call", host_microseconds(call), 15.0, unit="us", at_most=True)
+            )
     return rows
 
 
@@ -151,7 +169,9 @@ def main() -> None:
         names = [name for name in names if options.only in name]
         run = [sys.executable, __file__, "--only"]
         environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        processes = [subprocess.Popen([*run, name], stdout=subprocess.DEVNULL, env=environment) for name in names]
+        processes = [
+            subprocess.Popen([*run, name], stdout=subprocess.DEVNULL, env=environment) for name in names
+        ]
         for process in processes:
             process.wait()
     rows = measure(options.only, not options.quick)
@@ -164,7 +184,11 @@ def main() -> None:
 
         import triton
 
-        record = {**_environment(), "triton": triton.__version__, "rows": [dataclasses.asdict(row) for row in rows]}
+        record = {
+            **_environment(),
+            "triton": triton.__version__,
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(1 if options.check and not all(row.holds() for row in rows) else 0)
 

@@ -1,7 +1,7 @@
 """Who the fused block is compared with on a GPU, and how both are timed.
 
-A peer is a function of (x, wide weight [3d, C, 1, 1], its bias, output weight [C, d, 1, 1], its bias) and gets
-x in the layout that suits it.
+A peer is a function of (x, wide weight [3d, C, 1, 1], its bias, output weight [C, d, 1, 1], its bias) and
+gets x in the layout that suits it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Case:
         return f"({self.batch},{self.channels},{self.side}) {keys} {dtype}"
 
     def tensors(self) -> list[torch.Tensor]:
-        """x in channels_last, and the weights, all recording gradients."""
+        """Makes x in channels_last, and the weights, all recording gradients."""
         make = functools.partial(torch.randn, device="cuda")
         c, d = self.channels, self.inner
         x = make(self.batch, c, self.side, self.side).contiguous(memory_format=torch.channels_last)
@@ -73,10 +73,7 @@ def textbook(x, w, b, wz, bz, *, pooled: bool) -> torch.Tensor:
 def sdpa(x, w, b, wz, bz, *, pooled: bool, convolve: bool = True) -> torch.Tensor:
     """channels_last, one wide projection, SDPA on stride-1 slices, no transposes."""
     rows = x.movedim(1, -1).flatten(1, 2)
-    if convolve:
-        wide = F.conv2d(x, w, b).movedim(1, -1).flatten(1, 2)
-    else:
-        wide = F.linear(rows, w.flatten(1), b)
+    wide = F.conv2d(x, w, b).movedim(1, -1).flatten(1, 2) if convolve else F.linear(rows, w.flatten(1), b)
     d = wz.shape[1]
     query, rest = wide[..., :d], _pool(wide[..., d:], x, pooled)
     key, value = rest[..., :d], rest[..., d:]

@@ -30,9 +30,9 @@ Candidate = tuple[str, str, Callable[[], object]]
 ATTENTION = {
     (64, 32, 196, 196): ([Tiles(64, 64, 4, 3)], [Tiles(64, 64, 4, 3)], [Tiles(64, 32, 4, 2)]),
     (32, 128, 784, 784): (
-        [Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(128, 32, 4, 2), Tiles(128, 96, 8, 2)],
+        [Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(128, 32, 4, 2)],
         [Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 1), Tiles(64, 64, 8, 2), Tiles(128, 128, 8, 1)],
-        [Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(128, 32, 4, 2), Tiles(64, 128, 8, 1), Tiles(64, 16, 4, 2)],
+        [Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(128, 32, 4, 2), Tiles(64, 128, 8, 1)],
     ),
     (8, 256, 3136, 784): (
         [Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 3)],
@@ -52,11 +52,24 @@ NARROW = [
 ]  # fmt: skip
 # Tiles of the attention with its epilogue, and the channels of W_z y made at a time
 FUSED = [
-    (Tiles(64, 64, 4, 2), 64), (Tiles(64, 64, 4, 2), 32), (Tiles(64, 64, 4, 2), 128), (Tiles(128, 64, 4, 2), 64),
-    (Tiles(128, 64, 4, 2), 32), (Tiles(128, 64, 8, 2), 64), (Tiles(128, 32, 4, 2), 64), (Tiles(64, 32, 4, 3), 64),
+    (Tiles(64, 64, 4, 2), 64), (Tiles(64, 64, 4, 2), 32), (Tiles(64, 64, 4, 2), 128),
+    (Tiles(128, 64, 4, 2), 64), (Tiles(128, 64, 4, 2), 32), (Tiles(128, 64, 8, 2), 64),
+    (Tiles(128, 32, 4, 2), 64), (Tiles(64, 32, 4, 3), 64),
 ]  # fmt: skip
-SMALL = [Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 4, 1)]
-BLOCKS = [Case(64, 64, 14), Case(64, 64, 14, True), Case(32, 256, 28), Case(32, 256, 28, True), Case(8, 512, 56, True)]
+SMALL = [
+    Tiles(64, 64, 4, 2),
+    Tiles(64, 64, 4, 1),
+    Tiles(64, 32, 4, 2),
+    Tiles(128, 64, 8, 2),
+    Tiles(64, 128, 4, 1),
+]
+BLOCKS = [
+    Case(64, 64, 14),
+    Case(64, 64, 14, True),
+    Case(32, 256, 28),
+    Case(32, 256, 28, True),
+    Case(8, 512, 56, True),
+]
 
 
 def rows(batch: int, channels: int, positions: int, dtype: torch.dtype) -> torch.Tensor:
@@ -89,11 +102,19 @@ def attention_candidates() -> Iterator[Candidate]:
             yield f"{shape} key pass", str(tuple(tiles)), functools.partial(on_stream, launch, tensors)
         query, key, value, gradient = (each.transpose(1, 2)[:, None] for each in (theta, phi, g, grad))
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            yield f"{shape} forward", f"SDPA {backend.name}", functools.partial(core, backend, query, key, value)
+            yield (
+                f"{shape} forward",
+                f"SDPA {backend.name}",
+                functools.partial(core, backend, query, key, value),
+            )
             leaves = [each.detach().requires_grad_() for each in (query, key, value)]
             run = functools.partial(core_gradient, backend, leaves, gradient)
             yield f"{shape} forward+backward", f"SDPA {backend.name}", run
-        yield f"{shape} forward+backward", "ours", functools.partial(both, triton_kernels, theta, phi, g, grad)
+        yield (
+            f"{shape} forward+backward",
+            "ours",
+            functools.partial(both, triton_kernels, theta, phi, g, grad),
+        )
         if depth <= 128:
             yield f"{shape} forward", "CUDA C++", functools.partial(cuda.attention_forward, theta, phi, g)
 
@@ -107,7 +128,11 @@ def single_candidates() -> Iterator[Candidate]:
         yield f"{shape} exact forward", "softmax(q k^T) v", plain
         for name, kernels in (("Triton", triton_kernels), ("CUDA C++", cuda)):
             yield f"{shape} exact forward", name, functools.partial(kernels.attention_forward, theta, phi, g)
-            yield f"{shape} exact forward+backward", name, functools.partial(both, kernels, theta, phi, g, grad)
+            yield (
+                f"{shape} exact forward+backward",
+                name,
+                functools.partial(both, kernels, theta, phi, g, grad),
+            )
         yield f"{shape} TF32 forward", "softmax(q k^T) v", functools.partial(with_tf32, plain)
         for tiles in (None, Tiles(64, 64, 4, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 2)):
             run = functools.partial(triton_kernels.attention_forward, theta, phi, g, tiles=tiles)
@@ -171,23 +196,31 @@ def library_candidates() -> Iterator[Candidate]:
         key, value = (rows(batch, depth, keys, torch.bfloat16).mT for _ in range(2))
         shape = f"B{batch} d{depth} N{queries} M{keys} bf16"
         mean, lse = library_core.attention_forward(query, key, value)
-        yield f"{shape} core forward", "library_core", functools.partial(
-            library_core.attention_forward, query, key, value
+        yield (
+            f"{shape} core forward",
+            "library_core",
+            functools.partial(library_core.attention_forward, query, key, value),
         )
         run = functools.partial(library_core.attention_backward, grad, query, key, value, mean, lse)
         yield f"{shape} core backward", "library_core", run
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             leaves = [each[:, None].detach().requires_grad_() for each in (query, key, value)]
-            yield f"{shape} core forward+backward", backend.name, functools.partial(
-                core_gradient, backend, leaves, grad[:, None]
+            yield (
+                f"{shape} core forward+backward",
+                backend.name,
+                functools.partial(core_gradient, backend, leaves, grad[:, None]),
             )
         transposed = [each.mT for each in (grad, query, key, value, mean)]
-        yield f"{shape} core backward", "Triton", functools.partial(
-            triton_kernels.attention_backward, *transposed, lse
+        yield (
+            f"{shape} core backward",
+            "Triton",
+            functools.partial(triton_kernels.attention_backward, *transposed, lse),
         )
     for case in (Case(64, 64, 14), Case(32, 256, 28), Case(32, 256, 28, True), Case(8, 512, 56)):
         x, w, b, wz, bz = (tensor.detach() for tensor in case.tensors())
-        weights = triton_block.Projections(*(p.flatten(1) for p in w.chunk(3)), wz.flatten(1), *b.chunk(3), bz)
+        weights = triton_block.Projections(
+            *(p.flatten(1) for p in w.chunk(3)), wz.flatten(1), *b.chunk(3), bz
+        )
         pool = (2, 2) if case.pooled else None
         run = functools.partial(triton_dot.block_forward, x, weights, pool=pool, residual=True)
         yield f"dot {case}", "Triton", run

@@ -46,7 +46,7 @@ def block(
 
 
 def laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Random [B, channels, *positions] whose memory is channels-first, channels-last, sliced or misaligned."""
+    """Random [B, channels, *positions]: channels first or last, sliced, misaligned or expanded memory."""
     if layout == "channels_last":
         return torch.randn(shape[0], *shape[2:], shape[1], device=device).to(dtype).movedim(-1, 1)
     if layout == "sliced":

@@ -86,7 +86,9 @@ def _chunks(queries: int) -> list[slice]:
 @functools.lru_cache(maxsize=256)
 def _softmax_launch(batch: int, count: int, queries: int, keys: int) -> Launch:
     block = min(1024, triton.next_power_of_2(keys))
-    return Launch(_softmax_kernel, (batch * count, 1, 1), (count, queries, keys), {"BLOCK_M": block}, warps=4, stages=2)
+    return Launch(
+        _softmax_kernel, (batch * count, 1, 1), (count, queries, keys), {"BLOCK_M": block}, warps=4, stages=2
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -129,14 +131,15 @@ def _softmax_kernel(scores, lse, count, queries, keys, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _softmax_gradient_kernel(scores, grad_weights, weights, grad_mean, mean, lse, count, queries, keys, width, grad_b,
-                             grad_n, grad_e, mean_b, mean_n, mean_e, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """One row: weights = exp(scores - lse); grad_weights becomes weights * (grad_weights - grad_mean . mean)."""
+def _softmax_gradient_kernel(scores, grad_weights, weights, grad_mean, mean, lse, count, queries, keys, width,
+                             grad_b, grad_n, grad_e, mean_b, mean_n, mean_e, BLOCK_M: tl.constexpr,
+                             BLOCK_E: tl.constexpr):
+    """One row: p = exp(scores - lse) to weights; p * (grad_weights - grad_mean . mean) to grad_weights."""
     sample = (tl.program_id(0) // count).to(tl.int64)
     row = tl.program_id(0) % count
     channel = tl.arange(0, BLOCK_E)
-    grad_row = tl.load(grad_mean + sample * grad_b + row.to(tl.int64) * grad_n + channel * grad_e, channel < width,
-                       other=0.0).to(tl.float32)
+    grad_row = tl.load(grad_mean + sample * grad_b + row.to(tl.int64) * grad_n + channel * grad_e,
+                       channel < width, other=0.0).to(tl.float32)
     mean_row = tl.load(mean + sample * mean_b + row.to(tl.int64) * mean_n + channel * mean_e, channel < width,
                        other=0.0).to(tl.float32)
     delta = tl.sum(grad_row * mean_row, 0)

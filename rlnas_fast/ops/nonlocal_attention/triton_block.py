@@ -216,8 +216,8 @@ def _dense_like(shape, strides) -> tuple[int, ...]:
 def _signature(x, weights, pool):
     """All that a launch depends on, apart from addresses."""
     return (
-        x.shape, x.stride(), x.dtype, dot_precision(x.dtype), weights.theta.shape[0], weights.g.shape[0], pool,
-        weights.theta_bias is not None, weights.out_bias is not None,
+        x.shape, x.stride(), x.dtype, dot_precision(x.dtype), weights.theta.shape[0], weights.g.shape[0],
+        pool, weights.theta_bias is not None, weights.out_bias is not None,
         x.data_ptr() % 16 == 0 and all(w is None or w.data_ptr() % 16 == 0 for w in weights),
         x.get_device(),
     )  # fmt: skip
@@ -237,7 +237,7 @@ def use_library(depth: int, width: int, queries: int, keys: int, dtype: torch.dt
 
 
 class Gemm(NamedTuple):
-    """How a product is cut: the tile of the result a program owns, and how much of the sum it takes at a time."""
+    """How a product is cut: the tile of the result that a program owns, the part of the sum taken at a time."""
 
     rows: int
     columns: int
@@ -299,8 +299,8 @@ def _forward_plan(
         ((query_rows * depth_tiles + key_rows * (depth_tiles + width_tiles)) * batch, 1, 1),
         (*sizes, *geometry.strides),
         {
-            "BLOCK_P": tiles.rows, "BLOCK_C": tiles.step, "BLOCK_O": tiles.columns, **pool_constants, "FLAT": geometry.flat,
-            "HAS_BIAS": has_bias, "SAVE": save and pooled, "PRECISION": precision,
+            "BLOCK_P": tiles.rows, "BLOCK_C": tiles.step, "BLOCK_O": tiles.columns, **pool_constants,
+            "FLAT": geometry.flat, "HAS_BIAS": has_bias, "SAVE": save and pooled, "PRECISION": precision,
         },
         warps=tiles.warps,
         stages=tiles.stages,
@@ -312,9 +312,10 @@ def _forward_plan(
         (triton.cdiv(positions, cut.rows) * batch, 1, 1),
         (positions, keys, depth, width, channels, *geometry.spatial[1:], *geometry.strides, *output.strides),
         {
-            "BLOCK_N": cut.rows, "BLOCK_M": cut.columns, "BLOCK_D": block_d, "BLOCK_E": block_e, "BLOCK_C": part,
-            "EVEN_D": depth == block_d, "EVEN_E": width == block_e, "FLAT": geometry.flat, "Z_FLAT": output.flat,
-            "HAS_BIAS": has_out_bias, "RESIDUAL": residual, "SAVE": save, "PRECISION": precision,
+            "BLOCK_N": cut.rows, "BLOCK_M": cut.columns, "BLOCK_D": block_d, "BLOCK_E": block_e,
+            "BLOCK_C": part, "EVEN_D": depth == block_d, "EVEN_E": width == block_e, "FLAT": geometry.flat,
+            "Z_FLAT": output.flat, "HAS_BIAS": has_out_bias, "RESIDUAL": residual, "SAVE": save,
+            "PRECISION": precision,
         },
         warps=cut.warps,
         stages=cut.stages,
@@ -355,8 +356,8 @@ def _forward_plan(
 
 @functools.lru_cache(maxsize=4096)
 def _backward_plan(
-    shape, strides, dtype, precision, depth, width, pool, has_bias, has_out_bias, aligned, device, grad_strides,
-    grad_aligned, residual,
+    shape, strides, dtype, precision, depth, width, pool, has_bias, has_out_bias, aligned, device,
+    grad_strides, grad_aligned, residual,
 ) -> _Backward:  # fmt: skip
     batch, channels = shape[:2]
     geometry, grad = (_geometry(shape, each, pool) for each in (strides, grad_strides))

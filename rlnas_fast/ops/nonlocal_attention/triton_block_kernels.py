@@ -21,7 +21,8 @@ def offset(position, height, width, stride_t, stride_h, stride_w, FLAT: tl.const
         return position.to(tl.int64) * stride_w
     column = position % width
     row = position // width % height
-    return ((position // width // height).to(tl.int64) * stride_t + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w)
+    slab = position // width // height
+    return slab.to(tl.int64) * stride_t + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
 
 
 @triton.jit
@@ -104,6 +105,7 @@ def attention_kernel(query, key, value, weight, bias, x, z, mean_out, lse, posit
                      BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
                      FLAT: tl.constexpr, Z_FLAT: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
                      SAVE: tl.constexpr, PRECISION: tl.constexpr):
+    """The mean of the values for a tile of queries, and at once z of these positions."""
     sample, row = place(positions, BLOCK_N)
     output = tl.arange(0, BLOCK_E)
     mean, log_sum = attend(query + sample * positions * depth, key + sample * keys * depth,
@@ -147,6 +149,7 @@ def finish_kernel(weight, bias, x, z, mean_in, positions, width, channels, heigh
                   x_h, x_w, z_b, z_c, z_t, z_h, z_w, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
                   BLOCK_C: tl.constexpr, FLAT: tl.constexpr, Z_FLAT: tl.constexpr, HAS_BIAS: tl.constexpr,
                   RESIDUAL: tl.constexpr, PRECISION: tl.constexpr):
+    """Makes z from a mean that another kernel made."""
     sample, row = place(positions, BLOCK_N)
     output = tl.arange(0, BLOCK_E)
     mean = load_tile(tile_pointers(mean_in + sample * positions * width, row, output, width, 1), row, output,
@@ -164,7 +167,7 @@ def small_forward_kernel(x, theta, phi, g, out, theta_bias, phi_bias, g_bias, ou
                          POOL_T: tl.constexpr, POOL_H: tl.constexpr, POOL_W: tl.constexpr, FLAT: tl.constexpr,
                          Z_FLAT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT_BIAS: tl.constexpr,
                          RESIDUAL: tl.constexpr, PRECISION: tl.constexpr):
-    """The whole block for one tile of queries: it projects the keys it visits itself, so nothing is stored but z."""
+    """The whole block for a tile of queries: it projects the keys it visits, and stores nothing but z."""
     WINDOW: tl.constexpr = POOL_T * POOL_H * POOL_W
     sample, row = place(positions, BLOCK_N)
     channel = tl.arange(0, BLOCK_C)
@@ -232,6 +235,7 @@ def small_forward_kernel(x, theta, phi, g, out, theta_bias, phi_bias, g_bias, ou
 def grad_mean_kernel(grad_z, weight, grad_mean, positions, channels, width, height, columns, grad_b, grad_c,
                      grad_t, grad_h, grad_w, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
                      BLOCK_E: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr):
+    """The gradient of the mean, W_z^T grad_z."""
     sample, row = place(positions, BLOCK_P)
     output = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     where = grad_z + sample * grad_b + offset(row, height, columns, grad_t, grad_h, grad_w, FLAT)
@@ -278,6 +282,7 @@ def input_gradient_kernel(grad_z, gquery, gkey, gvalue, key_choice, value_choice
                           POOL_W: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
                           BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, FLAT: tl.constexpr,
                           X_FLAT: tl.constexpr):
+    """Gradient of x: theta^T gquery + phi^T gkey + g^T gvalue, pooling undone, + grad_z."""
     POOLED: tl.constexpr = POOL_T * POOL_H * POOL_W > 1
     sample, row = place(positions, BLOCK_P)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

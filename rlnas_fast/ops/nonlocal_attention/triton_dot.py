@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 """The dot-product block on a GPU in three launches, linear in the number of positions, N x M never formed.
 
-With k = phi x, v = g x, q = theta x (biases included) and M keys:  z = W_z (sum_j v_j k_j^T / M) q + bias + x.
-(1) Moments: sum_j k_j v_j^T, a D x E matrix a sample, k and v never leave the chip.  (2) Fold: that matrix times
-W_z^T / M.  (3) Apply: two products a tile of positions, bias and residual in the epilogue.
+With k = phi x, v = g x, q = theta x (biases included), M keys:  z = W_z (sum_j v_j k_j^T / M) q + bias + x.
+(1) Moments: sum_j k_j v_j^T, a D x E matrix a sample; k and v never leave the chip.  (2) Fold: that matrix
+times W_z^T / M.  (3) Apply: two products a tile of positions, bias and residual in the epilogue.
 
 Source: Wang et al., Non-local Neural Networks (2018), eq. 4, reassociated.
 """
@@ -11,7 +11,6 @@ Source: Wang et al., Non-local Neural Networks (2018), eq. 4, reassociated.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -80,9 +79,9 @@ def _plan(
             *geometry.strides,
         ),
         {
-            "BLOCK_P": 64, "BLOCK_C": 64, "BLOCK_D": block_d, "BLOCK_E": block_e, "POOL_T": geometry.pool[0],
-            "POOL_H": geometry.pool[1], "POOL_W": geometry.pool[2], "FLAT": geometry.flat, "HAS_BIAS": has_bias,
-            "PRECISION": precision,
+            "BLOCK_P": 64, "BLOCK_C": 64, "BLOCK_D": block_d, "BLOCK_E": block_e,
+            "POOL_T": geometry.pool[0], "POOL_H": geometry.pool[1], "POOL_W": geometry.pool[2],
+            "FLAT": geometry.flat, "HAS_BIAS": has_bias, "PRECISION": precision,
         },
         warps=warps,
         stages=2,

@@ -2,8 +2,9 @@
 
 Sizes: B batch, D channels of theta and phi, E channels of g, N query and M key positions.  A tensor
 [B, channels, positions] is read through its strides, so no layout is copied.  Channels beyond 256 are
-processed in chunks.  float32 without TF32 has no tensor cores: ``library_core`` serves it.  The backward has two passes, over query tiles for theta and over key tiles for phi
-and g, neither with atomics, so it is bitwise reproducible.
+processed in chunks.  The backward has two passes, over query tiles for theta and over key tiles for phi
+and g, neither with atomics, so it is bitwise reproducible.  float32 without TF32 has no tensor cores:
+``library_core`` serves it.
 
 Source: Wang et al., Non-local Neural Networks (2018), eq. 1-4; Milakov and Gimelshein, Online normalizer
 calculation for softmax (2018); Dao, FlashAttention-2 (2023), algorithm 2.
