@@ -2,7 +2,8 @@
 
 ``python benchmarks/bench_nonlocal_attention.py --check`` prints the table; under pytest each case is a
 pytest-benchmark.  Peers get what is best for them: channels_last inputs, one projection of width 3C',
-slices of stride 1; the textbook module gets the usual layout.  Ours takes the channels_last input and separate weights.
+slices of stride 1; the textbook module gets the usual layout.  Ours takes the channels_last input and
+separate weights.
 """
 
 from __future__ import annotations
@@ -330,7 +331,7 @@ def concatenation_rows(timed: Timed, quick: bool) -> list[Row]:
 
 
 def memory_row(kind: str) -> Row:
-    """Extra bytes a position at N = 12544 over those at N = 3136, forward and backward: 1 where memory is linear."""
+    """Extra bytes a position at N = 12544 over those at N = 3136, forward and backward: 1 if linear."""
     weights = made_weights(64, torch.float32)
 
     def extra_bytes_a_position(side: int) -> float:

@@ -114,7 +114,7 @@ class NonLocalBlock(nn.Module):
                 self.g.bias,
                 out_bias,
             ),
-            pair=self.concat_project[0].weight.flatten() if self.kind == "concatenation" else None,
+            pair=self.pair_weight.flatten() if self.kind == "concatenation" else None,
             kind=self.kind,
             pool=self.subsample,
             residual=norm is None or folded,
@@ -145,11 +145,20 @@ class NonLocalBlock(nn.Module):
             backend=self.backend,
         )
 
-    def _output(self) -> tuple[nn.Module, nn.modules.batchnorm._BatchNorm | None]:
+    @property
+    def pair_weight(self) -> torch.Tensor:
+        """[1, 2C', 1, 1] weight of the concatenated pair, for ``concatenation`` alone."""
+        convolution = self.concat_project[0]
+        assert isinstance(convolution, nn.Conv2d)
+        return convolution.weight
+
+    def _output(self) -> tuple[nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm | None]:
         if isinstance(self.W, nn.Sequential):
             convolution, norm = self.W
+            assert isinstance(convolution, nn.modules.conv._ConvNd)
             assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
             return convolution, norm
+        assert isinstance(self.W, nn.modules.conv._ConvNd)
         return self.W, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,6 +256,23 @@ def test_deterministic_run_to_run() -> None:
         torch.use_deterministic_algorithms(False)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["embedded_gaussian", "dot_product", "concatenation"])
+def test_memory_is_linear_in_positions(kind: str) -> None:
+    """At N = 8100 one N x N matrix of float32 is 262 MB; all that the block needs is below 40 MB."""
+    x, weights = block_operands(((1, 16, 90, 90), 8, 8, 1), torch.float32, bias=False)
+    leaves = [tensor.requires_grad_() for tensor in (x, *weights)]
+    pair = torch.randn(16) if kind == "concatenation" else None
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = resident("VmRSS")
+    nonlocal_block(*leaves, pair=pair, kind=kind).sum().backward()
+    assert resident("VmHWM") - before < 40e6
 
 
 def test_operators_follow_their_schema() -> None:

@@ -188,7 +188,7 @@ def fused_kernels(
         return False
     from rlnas_fast.ops.nonlocal_attention import triton_block
 
-    return bool(triton_block.supports(x, triton_block.Projections(*weights, *biases)))
+    return bool(triton_block.supports(x, triton_block.Projections._make((*weights, *biases))))
 
 
 def _trivial(windows: list[int]) -> bool:
@@ -293,12 +293,13 @@ def _split(
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     x, weights, biases, (windows, residual, save, kind) = _split(arguments)
+    saved: tuple[torch.Tensor | None, ...] | None
     if x.device.type == "cpu":
         z, saved = cpu.block_forward(kind, x, weights, biases, windows, residual, save)
     else:
         from rlnas_fast.ops.nonlocal_attention import triton_block, triton_dot
 
-        given = triton_block.Projections(*weights, *biases)
+        given = triton_block.Projections._make((*weights, *biases))
         if kind == "dot_product":
             return triton_dot.block_forward(x, given, pool=tuple(windows), residual=residual), []
         z, saved = triton_block.block_forward(x, given, pool=tuple(windows), residual=residual, save=save)
@@ -317,7 +318,7 @@ def _backward(grad_z: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     grad_x, gradients = triton_block.block_backward(
         grad_z,
         x,
-        triton_block.Projections(*weights, *biases),
+        triton_block.Projections._make((*weights, *biases)),
         triton_block.Saved(*saved, *[None] * (7 - len(saved))),
         pool=tuple(windows),
         residual=residual,
