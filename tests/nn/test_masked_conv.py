@@ -18,7 +18,7 @@ def _cost_model_of_our_own(tmp_path_factory):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(cost_model, "_SIZE", 64)
+        patch.setattr(cost_model, "_SIZES", ((64, (1, 8, 32)),))
         cost_model._coefficients.cache_clear()
         yield
     cost_model._coefficients.cache_clear()

@@ -1,7 +1,7 @@
 """What each CPU kernel costs on this machine: measured once, kept on disk, and asked at every choice.
 
 The time of a kernel is taken to be linear in a few counts (weights packed, multiply-adds, elements of x and
-y) whose coefficients are fitted to timings of about a second in all.  They are measured at the first choice
+y) whose coefficients are fitted to timings of a few seconds in all.  They are measured at the first choice
 and stored in ``$XDG_CACHE_HOME/rlnas_fast`` (``~/.cache`` by default) under the CPU's name, its instruction
 set, the number of threads, the dtype and the versions.
 """
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ __all__ = ["Product", "estimates", "measure"]
 
 Product = Literal["forward", "forward_packed", "grad_input", "grad_weight"]
 
-_VERSION = 1  # of the features below
+_VERSION = 2  # of the features below
 _LANES = {"plain": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
 _KERNELS: dict[Product, tuple[str, ...]] = {
     "forward": ("dense", "tiles", "rows", "direct"),
@@ -37,7 +38,10 @@ _KERNELS: dict[Product, tuple[str, ...]] = {
     "grad_weight": ("dense", "tiles", "rows"),
 }
 _DIRECT_ROWS = 8
-_SIZE = 1024  # of the square weight that is timed
+# Square weights that are timed, with their batches: one that fits the caches and one that does not.
+# In 16 bits the large batches are left out: a CPU without hardware for them is very slow.
+_SIZES: tuple[tuple[int, tuple[int, ...]], ...] = ((512, (1, 8, 64, 256)), (2048, (1, 64)))
+_LARGEST_16_BIT_BATCH = 8
 
 
 def estimates(product: Product, batch: int, mask: TileTensors, dtype: torch.dtype) -> dict[str, float]:
@@ -62,7 +66,7 @@ def estimates(product: Product, batch: int, mask: TileTensors, dtype: torch.dtyp
 
 
 def measure(isa: str, threads: int, dtype: torch.dtype) -> dict[str, list[float]]:
-    """Times every kernel on this machine and fits its coefficients; about a second.
+    """Times every kernel on this machine and fits its coefficients; a few seconds.
 
     Args:
         isa: the instruction set in use; part of the key only.
@@ -72,36 +76,35 @@ def measure(isa: str, threads: int, dtype: torch.dtype) -> dict[str, list[float]
     Returns:
         Coefficients by product and kernel, in the order of the features.
     """
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(_SIZE, _SIZE, generator=generator).to(dtype)
-    # Large batches say little more, and in 16 bits a CPU without hardware for them would take minutes.
-    batches = (1, 8, 64, 256) if dtype == torch.float32 else (1, 8, 32)
-    inputs = {batch: torch.randn(batch, _SIZE, generator=generator).to(dtype) for batch in batches}
-    scores = torch.rand(_SIZE, _SIZE, generator=generator)
-    masks = {
-        (tile, density, whole): TileMask.from_scores(
-            scores, density, (tile, tile), whole_tiles=whole, unstructured=True
-        ).tensors
-        for tile, density, whole in (
-            *((32, 1.0, True), (32, 0.4, True), (32, 0.1, True), (32, 0.4, False), (32, 0.1, False)),
-            *((16, 1.0, True), (16, 0.1, True)),
-        )
-    }
     samples: dict[str, list[tuple[list[float], float]]] = {}
     with torch.no_grad():
-        for mask in masks.values():
-            for batch, x in inputs.items():
-                for product, kernels in _KERNELS.items():
-                    for kernel in kernels:
-                        if kernel == "direct" and batch > _DIRECT_ROWS:
-                            continue
-                        variant = _variant(product, kernel, mask)
-                        if kernel != "tiles" and mask.tile[0] == 16:
-                            continue
-                        call = _call(product, kernel, x, weight, mask)
-                        sample = (_features(product, kernel, batch, mask), _seconds(call))
-                        samples.setdefault(f"{product} {variant}", []).append(sample)
+        for size, batches in _SIZES:
+            if dtype != torch.float32:
+                batches = tuple(batch for batch in batches if batch <= _LARGEST_16_BIT_BATCH)
+            for key, sample in _samples(size, batches, dtype):
+                samples.setdefault(key, []).append(sample)
     return {key: _fit(points) for key, points in samples.items()}
+
+
+def _samples(
+    size: int, batches: tuple[int, ...], dtype: torch.dtype
+) -> Iterator[tuple[str, tuple[list[float], float]]]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(size, size, generator=generator).to(dtype)
+    inputs = [torch.randn(batch, size, generator=generator).to(dtype) for batch in batches]
+    scores = torch.rand(size, size, generator=generator)
+    kinds = ((32, 1.0, True), (32, 0.3, True), (32, 0.1, True), (32, 0.5, False), (32, 0.1, False))
+    for tile, density, whole in (*kinds, (16, 0.5, True), (16, 0.1, True)):
+        mask = TileMask.from_scores(scores, density, (tile, tile), whole_tiles=whole).tensors
+        for x, (product, kernels) in itertools.product(inputs, _KERNELS.items()):
+            for kernel in kernels:
+                if (kernel == "direct" and x.shape[0] > _DIRECT_ROWS) or (tile == 16 and kernel == "dense"):
+                    continue
+                seconds = _seconds(_call(product, kernel, x, weight, mask))
+                yield (
+                    f"{product} {_variant(product, kernel, mask)}",
+                    (_features(product, kernel, x.shape[0], mask), seconds),
+                )
 
 
 def _call(
@@ -131,7 +134,7 @@ def _seconds(call: Callable[[], object]) -> float:
         call()
         end = time.perf_counter()
         best = min(best, end - begin)
-        if end - start > 0.008:
+        if end - start > 0.004:
             break
     return best
 
