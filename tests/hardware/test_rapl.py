@@ -22,7 +22,12 @@ class Packages:
         for zone in self._zones:
             zone.mkdir(parents=True)
             (zone / "max_energy_range_uj").write_text(f"{LIMIT_UJ}\n")
+        self._counters = [(zone / "energy_uj").open("w") for zone in self._zones]
         self._write()
+
+    def close(self) -> None:
+        for counter in self._counters:
+            counter.close()
 
     def pass_time(self, seconds: float, watts: float | None = None) -> None:
         before = int(self.now_s * 1000)
@@ -32,8 +37,12 @@ class Packages:
             self._write()
 
     def _write(self) -> None:
-        for zone in self._zones:
-            (zone / "energy_uj").write_text(f"{int(self._exact_uj) % LIMIT_UJ}\n")
+        for (
+            counter
+        ) in self._counters:  # in place: truncating a file makes some file systems wait for the disk
+            counter.seek(0)
+            counter.write(f"{int(self._exact_uj) % LIMIT_UJ:20}\n")
+            counter.flush()
 
 
 @pytest.mark.parametrize("start_uj", [0, LIMIT_UJ - 9_000_000])
@@ -41,6 +50,7 @@ def test_energy_of_a_cpu_also_when_its_counter_starts_again(tmp_path: Path, star
     packages = Packages(tmp_path, start_uj)
     board = RaplBoard(powercap=tmp_path, clock=lambda: packages.now_s, sleep=packages.pass_time)
     energy = measure_energy(board, lambda: packages.pass_time(0.004, 60.0), lambda: None, seconds=0.6)
+    packages.close()
     assert energy.reason is None
     assert energy.energy_j == pytest.approx(0.004 * 40.0, rel=0.02)
     assert energy.idle_power_w == pytest.approx(20.0, rel=0.02)
