@@ -48,6 +48,8 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "random": "rlnas_fast.strategies.random:RandomSearch",
         "reinforce": "rlnas_fast.strategies.reinforce:Reinforce",
         "ppo": "rlnas_fast.strategies.ppo:PPO",
+        "ppo": "rlnas_fast.strategies.ppo:PPO",
+        "model-based": "rlnas_fast.strategies.model_based:ModelBased",
         "evolution": "rlnas_fast.strategies.evolution:Evolution",
         "local-search": "rlnas_fast.strategies.local_search:LocalSearch",
         "model-based": "rlnas_fast.strategies.model_based:ModelBased",
@@ -126,7 +128,7 @@ class SearchConfig(BaseModel):
     trials: Annotated[int, Field(ge=1)] = 24
     batch_size: Annotated[int, Field(ge=1)] = 6
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    epochs: Annotated[int, Field(ge=1)] = 15
+    epochs: Annotated[int, Field(ge=1)] = 20
     child_seconds: Positive | None = None
     device: str = "auto"
     devices: tuple[str, ...] = ()

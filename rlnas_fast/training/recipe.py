@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass
 
 from ..errors import ConfigError, unknown_name
-from ..search import Budget
 from .augmentation import AUGMENTATIONS
 
-DEFAULT_BUDGET = Budget(epochs=20)
 _MANY_EPOCHS = 10
 
 
