@@ -56,7 +56,7 @@ class ModelBased:
         incumbents: int = 10,
         proposals: int = 50,
         policy_temperature: float = 0.5,
-        patience: int = 20,
+        patience: int = 10,
         memory: int = 400,
     ) -> None:
         if initial < 2 or incumbents < 1 or memory < 4:
@@ -79,6 +79,7 @@ class ModelBased:
         self._patience = patience
         self._memory = memory
         self._trials: list[Trial] = []
+        self._rewards: dict[tuple[int, ...], float] = {}
         self._pending: dict[str, Architecture] = {}
         self._best = -np.inf
         self._improved_at = 0
@@ -105,6 +106,7 @@ class ModelBased:
         self._novelty.tell(trials)
         for trial in trials:
             self._trials.append(trial)
+            self._rewards[trial.architecture.choices] = trial.reward
             self._pending.pop(trial.key, None)
             self._climb.tell(trial)
             if trial.reward > self._best:
@@ -118,43 +120,51 @@ class ModelBased:
         model, targets = self._fit(known)
         stagnant = len(self._trials) - self._improved_at > self._patience > 0
         if stagnant and self._rng.random() < 0.5:
-            return self._elsewhere(model, known, targets)
+            return self._elsewhere(model)
         believed = model.predict(model.choices[: len(known)])[0]
         order = np.argsort(-believed, kind="stable")[: self._incumbents]
         best = [known[i] for i in order]
         candidates = [a for trial in best for a in self._neighbours(trial)]
         candidates += self._recombine(best, known, targets)
-        return self._most_promising(candidates, model, float(believed.max()))
+        return self._most_promising(candidates, model, float(believed.max())) or self._novelty.unseen(1)
 
-    def _elsewhere(self, model: Posterior, known: Sequence[Trial], targets: np.ndarray) -> list[Architecture]:
+    def _elsewhere(self, model: Posterior) -> list[Architecture]:
         """One step of a climb that started from a random architecture, or a new start."""
-        if self._climb.is_over():
-            self._climb = _Climb()
         top = self._climb.top()
+        if self._climb.is_over() or (top is not None and self._is_known_slope(top)):
+            self._climb = _Climb()
+            top = None
+        step: list[Architecture] = []
         if top is not None:
             height = model.predict(self._encode([top.architecture]))[0][0]
-            step = self._most_promising(self._neighbours(top), model, float(height), give_up=True)
-            if step:
-                self._climb.keys.add(self._space.canonical_key(step[0]))
-                return step
-            self._climb = _Climb()
-        start = self._novelty.unseen(1)
-        self._climb.keys.update(self._space.canonical_key(architecture) for architecture in start)
-        return start
+            step = self._most_promising(self._neighbours(top), model, float(height))
+        if not step:
+            step = self._novelty.unseen(1)
+        self._climb.keys.update(self._space.canonical_key(architecture) for architecture in step)
+        return step
+
+    def _is_known_slope(self, top: Trial) -> bool:
+        """Whether a neighbour is better that this climb did not find: it leads where another led."""
+        return any(
+            self._rewards.get(architecture.choices, -np.inf) > top.reward
+            and self._space.canonical_key(architecture) not in self._climb.keys
+            for architecture in self._neighbours(top)
+        )
 
     def _most_promising(
-        self, candidates: Iterable[Architecture], model: Posterior, best: float, *, give_up: bool = False
+        self, candidates: Iterable[Architecture], model: Posterior, best: float
     ) -> list[Architecture]:
+        """The new candidate with the largest expected improvement; none if none is new."""
         new = list({a: None for a in candidates if self._novelty.is_new(a)})
-        if new:
-            mean, deviation = model.predict(self._encode(new))
-            gain = expected_improvement(mean, deviation, best)
-            if gain.max() < 1e-12:  # all hopeless, by the model: then the least
-                gain = mean
-            chosen = new[int(np.argmax(gain + 1e-9 * np.abs(gain) * self._rng.random(len(gain))))]
-            self._novelty.take(chosen)
-            return [chosen]
-        return [] if give_up else self._novelty.unseen(1)
+        if not new:
+            return []
+        mean, deviation = model.predict(self._encode(new))
+        gain = expected_improvement(mean, deviation, best)
+        if gain.max() < 1e-12:  # hopeless, by the model: then the least so
+            gain = mean
+        chosen = new[int(self._rng.choice(np.flatnonzero(gain == gain.max())))]
+        self._novelty.take(chosen)
+        return [chosen]
 
     def _fit(self, known: Sequence[Trial]) -> tuple[Posterior, np.ndarray]:
         """The model of the rewards, and those on the scale it works on: float [known]."""
