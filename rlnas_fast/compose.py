@@ -48,11 +48,9 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "random": "rlnas_fast.strategies.random:RandomSearch",
         "reinforce": "rlnas_fast.strategies.reinforce:Reinforce",
         "ppo": "rlnas_fast.strategies.ppo:PPO",
-        "ppo": "rlnas_fast.strategies.ppo:PPO",
         "model-based": "rlnas_fast.strategies.model_based:ModelBased",
         "evolution": "rlnas_fast.strategies.evolution:Evolution",
         "local-search": "rlnas_fast.strategies.local_search:LocalSearch",
-        "model-based": "rlnas_fast.strategies.model_based:ModelBased",
     },
     "reward": {
         "accuracy": "rlnas_fast.search.rewards:accuracy",

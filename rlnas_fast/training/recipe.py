@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import ConfigError, unknown_name
+from ..search import Budget
 from .augmentation import AUGMENTATIONS
 
 _MANY_EPOCHS = 10
