@@ -36,6 +36,18 @@ struct Shape {
   static constexpr int kSharedBytes = kStages * kStageBytes + 1024;
 };
 
+// How a block learns what to read.  kTiles: from the lists, tiles being whole.  kBits: from the lists, and the bits say
+// what is kept inside.  kScan, for tiles of any size: it looks through the states of its rows for columns with a live
+// tile, and masks by state as well as by bits.
+enum class Mode { kTiles, kBits, kScan };
+constexpr int kMaxSteps = 1024;  // of a scan
+
+struct Bits {
+  const uint32_t* words;  // or null: all
+  const uint8_t* state;
+  int row_words;
+};
+
 // The product's two feature axes, in the words of a reader of the weight by rows; the gradient to x reads by columns.
 struct Axes {
   int outs, ins, tile_outs, tile_ins, in_tiles;
@@ -107,7 +119,7 @@ struct Walk {
   const int32_t* tile;
   int tile_ins, within = 0;
 
-  __device__ int column() const { return __ldg(tile) * tile_ins + within; }
+  __device__ int column() const { return *tile * tile_ins + within; }
   __device__ void advance() {
     within += kStep;
     if (within == tile_ins) {
@@ -116,6 +128,38 @@ struct Walk {
     }
   }
 };
+
+// The columns, in units of 64, in which some tile of kRows rows lives; one warp.  Returns how many.
+__device__ int scan(int32_t* found, const uint8_t* state, const Axes& axes, int first_row, int rows) {
+  const int lane = threadIdx.x % 32;
+  const int first_tile = first_row / axes.tile_outs;
+  const int last_tile = (min(first_row + rows, axes.outs) - 1) / axes.tile_outs;
+  int count = 0;
+  for (int base = 0; base * kStep < axes.ins; base += 32) {
+    const int column = (base + lane) * kStep;
+    int any = 0;
+    for (int row = first_tile; row <= last_tile && column < axes.ins; ++row) {
+      const uint8_t* line = state + row * static_cast<int64_t>(axes.in_tiles);
+      const int last = (min(column + kStep, axes.ins) - 1) / axes.tile_ins;
+      for (int tile = column / axes.tile_ins; tile <= last; ++tile) any |= line[tile];
+    }
+    const uint32_t live = __ballot_sync(~0u, any != 0);
+    if (any && found) found[count + __popc(live & ((1u << lane) - 1))] = base + lane;
+    count += __popc(live);
+  }
+  return count;
+}
+
+// The bits of a word whose tile lives.
+__device__ uint32_t live_bits(const uint8_t* line, int column, int tile_ins) {
+  const int tile = column / tile_ins;
+  if (tile_ins >= 32) return line[tile] ? ~0u : 0u;
+  uint32_t live = 0;
+  for (int other = 0; other * tile_ins < 32; ++other) {
+    if (line[tile + other]) live |= ((1u << tile_ins) - 1) << (other * tile_ins);
+  }
+  return live;
+}
 
 // A place in the ring, and the parity of its round.
 template <int kStages>
@@ -224,13 +268,13 @@ __device__ uint32_t pack(float low, float high) {
 
 #endif
 
-template <typename T, int kRows, bool kTransposed, bool kBits>
+template <typename T, int kRows, bool kTransposed, Mode kMode>
 __global__ void __launch_bounds__(kThreads, 1)
     tile_kernel(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap input_map,
-                ProductPointers p, const uint32_t* __restrict__ bits, int words, Axes axes, int batch, int along_batch,
-                int along_rows) {
+                ProductPointers p, Bits bits, Axes axes, int batch, int along_batch, int along_rows) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Shape<kRows>;
+  constexpr bool kBits = kMode != Mode::kTiles;
   extern __shared__ uint8_t unaligned[];
   uint8_t* const shared = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) & ~uintptr_t{1023});
   __shared__ uint64_t barriers[2 * S::kStages];
@@ -238,16 +282,31 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t full = shared_address(barriers), empty = full + 8 * S::kStages;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first_row = blockIdx.y * kRows, first_sample = blockIdx.x * S::kBatch;
-  const int row_tile = first_row / axes.tile_outs;
-  const int32_t* tiles = axes.list + static_cast<int64_t>(row_tile) * axes.in_tiles;
-  const int parts = axes.tile_ins / kStep;
-  const int steps = first_row < axes.outs ? axes.count[2 * row_tile] * parts : 0;
-
   const int block_batch = blockIdx.x % along_batch, block_row = blockIdx.y % along_rows;
+  const int32_t* tiles;
+  int steps = 0, tile_ins = axes.tile_ins;
   bool share_x = along_rows > 1;
-  for (int other = 0; other < along_rows && share_x; ++other) {
-    const int row = (blockIdx.y - block_row + other) * kRows;
-    share_x = row < axes.outs && axes.count[2 * (row / axes.tile_outs)] == axes.in_tiles;
+  if constexpr (kMode == Mode::kScan) {
+    __shared__ int32_t columns[kMaxSteps];
+    __shared__ int counts[8];
+    if (warp < along_rows) {
+      const int row = (blockIdx.y - block_row + warp) * kRows;
+      const int count = row < axes.outs ? scan(warp == block_row ? columns : nullptr, bits.state, axes, row, kRows) : 0;
+      if (lane == 0) counts[warp] = count;
+    }
+    __syncthreads();
+    tiles = columns;
+    tile_ins = kStep;
+    steps = counts[block_row];
+    for (int other = 0; other < along_rows; ++other) share_x = share_x && counts[other] * kStep >= axes.ins;
+  } else {
+    const int row_tile = first_row / axes.tile_outs;
+    tiles = axes.list + static_cast<int64_t>(row_tile) * axes.in_tiles;
+    if (first_row < axes.outs) steps = axes.count[2 * row_tile] * (axes.tile_ins / kStep);
+    for (int other = 0; other < along_rows && share_x; ++other) {
+      const int row = (blockIdx.y - block_row + other) * kRows;
+      share_x = row < axes.outs && axes.count[2 * (row / axes.tile_outs)] == axes.in_tiles;
+    }
   }
   const int blocks = along_batch * along_rows;
   // Those that share a stage with this block: a barrier counts their warps before the stage is written again.
@@ -268,7 +327,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       uint32_t same_samples = 0;
       for (int other = 0; other < along_rows; ++other) same_samples |= 1u << (other * along_batch + block_batch);
       const int part_rows = (kTransposed ? kStep : kRows) / along_batch, part_samples = S::kBatch / along_rows;
-      Walk walk{tiles, axes.tile_ins};
+      Walk walk{tiles, tile_ins};
       Turn<S::kStages> turn;
       for (int step = 0; step < steps; ++step, walk.advance(), turn.advance()) {
         if (step >= S::kStages) barrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
@@ -303,17 +362,29 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp_row = group_row + warp % 4 * 16;
   const int upper_row = min(first_row + warp_row + lane / 4, axes.outs - 1);
   const int lower_row = min(upper_row + 8, axes.outs - 1);
-  Walk walk{tiles, axes.tile_ins};
-  const uint32_t* const upper_words = kBits ? bits + upper_row * static_cast<int64_t>(words) : nullptr;
-  const uint32_t* const lower_words = kBits ? bits + lower_row * static_cast<int64_t>(words) : nullptr;
+  Walk walk{tiles, tile_ins};
+  const uint32_t* const upper_words = bits.words + upper_row * static_cast<int64_t>(bits.row_words);
+  const uint32_t* const lower_words = bits.words + lower_row * static_cast<int64_t>(bits.row_words);
+  const uint8_t* const upper_state = bits.state + upper_row / axes.tile_outs * static_cast<int64_t>(axes.in_tiles);
+  const uint8_t* const lower_state = bits.state + lower_row / axes.tile_outs * static_cast<int64_t>(axes.in_tiles);
   auto read_bits = [&](int step, uint2& upper, uint2& lower) {
     upper = lower = make_uint2(0, 0);
     if (step >= steps) return;
     const int column = walk.column();
     walk.advance();
     if (column >= axes.ins) return;
-    upper = *reinterpret_cast<const uint2*>(upper_words + column / 32);
-    lower = *reinterpret_cast<const uint2*>(lower_words + column / 32);
+    if (kMode == Mode::kBits || bits.words) {
+      upper = *reinterpret_cast<const uint2*>(upper_words + column / 32);
+      lower = *reinterpret_cast<const uint2*>(lower_words + column / 32);
+    } else {
+      upper = lower = make_uint2(~0u, ~0u);
+    }
+    if constexpr (kMode == Mode::kScan) {
+      upper.x &= live_bits(upper_state, column, axes.tile_ins);
+      upper.y &= live_bits(upper_state, column + 32, axes.tile_ins);
+      lower.x &= live_bits(lower_state, column, axes.tile_ins);
+      lower.y &= live_bits(lower_state, column + 32, axes.tile_ins);
+    }
   };
 
   float d[64];
@@ -428,7 +499,7 @@ CUtensorMap matrix_map(const void* data, int64_t rows, int64_t columns, int64_t 
   return map;
 }
 
-template <typename T, int kRows, bool kTransposed, bool kBits>
+template <typename T, int kRows, bool kTransposed, Mode kMode>
 void launch(const ProductPointers& p, const MaskPointers& mask, const MaskSizes& sizes, int batch, int64_t x_stride,
             Element element, Cluster cluster, cudaStream_t stream) {
   using S = Shape<kRows>;
@@ -437,12 +508,12 @@ void launch(const ProductPointers& p, const MaskPointers& mask, const MaskSizes&
                                 : Axes{sizes.rows, sizes.columns, sizes.tile_rows, sizes.tile_columns, sizes.column_tiles,
                                        mask.row_count, mask.row_list, mask.output_permutation};
   const int blocks_x = (batch + S::kBatch - 1) / S::kBatch, blocks_y = (axes.outs + kRows - 1) / kRows;
-  if (cluster.along_batch == 0) cluster = {blocks_x >= 4 ? 4 : blocks_x >= 2 ? 2 : 1, kBits ? 2 : 1};
+  if (cluster.along_batch == 0) cluster = {blocks_x >= 4 ? 4 : blocks_x >= 2 ? 2 : 1, kMode == Mode::kTiles ? 1 : 2};
   const int width = cluster.along_batch, height = cluster.along_rows;
   const CUtensorMap weight = matrix_map(p.weight, sizes.rows, sizes.columns, sizes.columns,
                                         (kTransposed ? kStep : kRows) / width, element);
   const CUtensorMap input = matrix_map(p.x, batch, axes.ins, x_stride, S::kBatch / height, element);
-  const auto kernel = tile_kernel<T, kRows, kTransposed, kBits>;
+  const auto kernel = tile_kernel<T, kRows, kTransposed, kMode>;
   static const cudaError_t room =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   cudaError_t status = room;
@@ -457,7 +528,8 @@ void launch(const ProductPointers& p, const MaskPointers& mask, const MaskSizes&
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    status = cudaLaunchKernelEx(&config, kernel, weight, input, p, mask.bits, sizes.words, axes, batch, width, height);
+    const Bits bits{mask.bits, mask.state, sizes.words};
+    status = cudaLaunchKernelEx(&config, kernel, weight, input, p, bits, axes, batch, width, height);
   }
   if (status != cudaSuccess) throw std::runtime_error(std::string("masked_matmul: ") + cudaGetErrorString(status));
 }
@@ -466,10 +538,14 @@ template <typename T>
 void choose(const ProductPointers& p, const MaskPointers& mask, const MaskSizes& sizes, int batch, int64_t x_stride,
             Element element, bool transposed, Cluster cluster, cudaStream_t stream) {
   const bool wide = (transposed ? sizes.tile_columns : sizes.tile_rows) % 128 == 0;
-  const auto by_rows = wide ? (mask.bits ? launch<T, 128, false, true> : launch<T, 128, false, false>)
-                            : (mask.bits ? launch<T, 64, false, true> : launch<T, 64, false, false>);
-  const auto by_columns = wide ? launch<T, 128, true, false> : launch<T, 64, true, false>;
-  (transposed ? by_columns : by_rows)(p, mask, sizes, batch, x_stride, element, cluster, stream);
+  auto chosen = launch<T, 128, false, Mode::kScan>;
+  if (sizes.tile_rows % 64 == 0 && sizes.tile_columns % 64 == 0) {
+    const auto by_rows = wide ? (mask.bits ? launch<T, 128, false, Mode::kBits> : launch<T, 128, false, Mode::kTiles>)
+                              : (mask.bits ? launch<T, 64, false, Mode::kBits> : launch<T, 64, false, Mode::kTiles>);
+    const auto by_columns = wide ? launch<T, 128, true, Mode::kTiles> : launch<T, 64, true, Mode::kTiles>;
+    chosen = transposed ? by_columns : by_rows;
+  }
+  chosen(p, mask, sizes, batch, x_stride, element, cluster, stream);
 }
 
 }  // namespace

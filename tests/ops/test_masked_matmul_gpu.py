@@ -51,7 +51,8 @@ def test_interpreted() -> None:
 def test_product_compiles_for_sm90(tile: int, transposed: bool, kind: str, bits: bool, int8: bool) -> None:
     precision = "tf32" if tile == 64 else "ieee"
     launch = triton_kernels._product_launch(
-        (4096, 4096), (tile, tile), transposed, 512, 4096, DTYPES[kind], precision, (), None
+        *((4096, 4096), (tile, tile), transposed, 512, 4096, DTYPES[kind], precision),
+        *((False, bits, int8, False, False, True), None),
     )
     words, payload, scale = (
         name if there else None for name, there in (("int32", bits), ("int8", int8), ("fp32", int8))
@@ -181,11 +182,28 @@ CUDA_CASES = [
     (257, (300, 640), (128, 128), 0.5, 0.9, False),
     (513, (200, 448), (192, 128), 0.5, 0.9, False),
     (512, (512, 1024), (128, 64), 1.0, 0.5, False),
+    (1000, (512, 512), (128, 128), 1.0, 0.5, False),
     (9, (1024, 2048), (128, 128), 0.9, None, False),
     (300, (448, 1344), (64, 128), 0.6, None, False),
     (520, (640, 576), (128, 64), 0.6, None, False),
-    (1000, (512, 512), (128, 128), 1.0, 0.5, False),
+    (65, (160, 128), (32, 32), 0.3, 0.5, False),
+    (130, (256, 384), (16, 16), 0.05, None, False),
+    (300, (300, 640), (8, 96), 0.5, 0.5, False),
+    (513, (512, 1024), (32, 32), 1.0, 0.5, False),
+    (257, (256, 512), (64, 32), 0.1, None, False),
 ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize("permute", ["nothing", "inputs"])
+@pytest.mark.parametrize("case", [CUDA_CASES[i] for i in (4, 10, 11, 12)], ids=str)
+def test_cuda_grad_input(case: tuple, kind: str, permute: str) -> None:
+    (_, weight, grad_y, _), mask, _, wanted, plain = make((*case, permute), DTYPES[kind])
+    if torch.cuda.get_device_capability() == (9, 0):
+        close("gx", cuda.grad_input(grad_y, weight, mask), wanted[1], plain[1])
+    else:
+        assert cuda.grad_input_refusal(grad_y, weight, mask) is not None
 
 
 @pytest.mark.gpu

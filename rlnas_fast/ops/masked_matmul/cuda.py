@@ -1,4 +1,4 @@
-"""Masked product in CUDA C++: mask to lists, up to 8 rows of x, and wgmma over 64- and 128-tiles."""
+"""Masked product in CUDA C++: mask to lists, up to 8 rows of x, and wgmma over tiles of any size."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 MAX_FEW_ROWS = 8
+MAX_SCAN = 65536  # in-features through which a block looks for live tiles itself
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -67,7 +68,7 @@ def forward_refusal(
     if mask.input_permutation is not None:
         return "the mask permutes inputs"
     if x.shape[0] > MAX_FEW_ROWS:
-        return _tiles_refusal(x, weight, mask)
+        return _tiles_refusal(x, weight, mask, scan=True)
     vector = 16 // x.element_size()
     K, (rows, columns) = x.shape[1], mask.tile
     if K == 0 or K % vector or columns % vector or rows % 4:
@@ -129,12 +130,16 @@ def _arguments(
     return pointers, _pointers(mask), sizes, source.shape[0], source.stride(0), element, _stream(source)
 
 
-def _tiles_refusal(source: torch.Tensor, weight: torch.Tensor, mask: TileTensors) -> str | None:
+def _tiles_refusal(
+    source: torch.Tensor, weight: torch.Tensor, mask: TileTensors, *, scan: bool = False
+) -> str | None:
     if source.dtype is torch.float32:
         return "float32 with more than 8 rows"
     if mask.payload is not None:
         return "int8 tiles with more than 8 rows"
-    if weight.numel() == 0 or any(size % 64 for size in (mask.shape[1], *mask.tile)):
+    (N, K), (rows, columns) = mask.shape, mask.tile
+    scan = scan and K <= MAX_SCAN and (columns % 32 == 0 or 32 % columns == 0)
+    if N == 0 or K == 0 or K % 64 or not (scan or (rows % 64 == 0 and columns % 64 == 0)):
         return f"a weight of {mask.shape} in tiles of {mask.tile} is not cut at multiples of 64"
     if torch.cuda.get_device_capability(source.device) != (9, 0):
         return "more than 8 rows need compute capability 9.0"

@@ -180,10 +180,12 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
         return masked_matmul_reference(x, weight, mask, bias, int8_activations=int8_activations).contiguous()
     if x.device.type == "cpu":
         return cpu.forward(x, weight, mask, bias, int8_activations, backend)
-    if backend == "dense":
-        return _gpu_dense(x, weight, mask, bias)
     x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
-    module = gpu_product("forward", x, weight, mask, backend, int8_activations)
+    module = None
+    if backend != "dense":
+        module = gpu_product("forward", x, weight, mask, backend, int8_activations)
+    if module is None:
+        return masked_matmul_reference(x, weight, mask, bias, int8_activations=int8_activations).contiguous()
     y: torch.Tensor = module.forward(x, weight, mask, bias, int8_activations)
     return y
 
@@ -191,14 +193,16 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
 def _grad_input(grad_y: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     *fields, backend = rest
     mask = _mask(tuple(fields))
-    if backend == "reference" or (backend == "dense" and grad_y.device.type != "cpu"):
+    if grad_y.device.type == "cpu" and backend != "reference":
+        return cpu.grad_input(grad_y, weight, mask, backend)
+    grad_y, weight = grad_y.contiguous(), weight.contiguous()
+    module = None
+    if backend not in ("reference", "dense"):
+        module = gpu_product("grad_input", grad_y, weight, mask, backend)
+    if module is None:
         if mask.output_permutation is not None:
             grad_y = grad_y[:, mask.output_permutation.long()]
         return _scattered(grad_y @ effective_weight(weight, mask), mask.input_permutation)
-    if grad_y.device.type == "cpu":
-        return cpu.grad_input(grad_y, weight, mask, backend)
-    grad_y, weight = grad_y.contiguous(), weight.contiguous()
-    module = gpu_product("grad_input", grad_y, weight, mask, backend)
     grad_x: torch.Tensor = module.grad_input(grad_y, weight, mask)
     return grad_x
 
@@ -218,12 +222,6 @@ def _grad_weight(grad_y: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Ten
         grad_y.contiguous(), x if x.stride(-1) == 1 else x.contiguous(), mask
     )
     return grad_w
-
-
-def _gpu_dense(
-    x: torch.Tensor, weight: torch.Tensor, mask: TileTensors, bias: torch.Tensor | None
-) -> torch.Tensor:
-    return masked_matmul_reference(x, weight, mask, bias).contiguous()
 
 
 def _scattered(y: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:

@@ -168,7 +168,8 @@ def _product_launch(
     present: tuple[bool, ...],
     blocks: Blocks | None,
 ) -> Launch:
-    del present  # part of the key: the kernel is compiled for the tensors that there are
+    # The kernel is compiled for the tensors that there are, so which they are is part of the key.
+    _, has_bits, has_int8, *_ = present
     (N, K), (rows, columns) = shape, tile
     row_tiles, column_tiles = triton.cdiv(N, rows), triton.cdiv(K, columns)
     outs, ins, tile_outs, tile_ins, capacity = N, K, rows, columns, column_tiles
@@ -186,8 +187,8 @@ def _product_launch(
         "EVEN_O": outs % tile_outs == 0 and tile_outs % blocks.outs == 0,
         "EVEN_I": ins % tile_ins == 0,
         "TRANSPOSED": transposed,
-        # The operand that passes through registers is best the left one, which needs 64 rows there.
-        "WEIGHT_LEFT": blocks.outs >= 64,
+        # An operand that passes through registers must be the left one, which needs 64 rows there.
+        "WEIGHT_LEFT": blocks.outs >= 64 and (has_bits or has_int8),
         "PRECISION": precision,
     }
     programs = (
