@@ -182,20 +182,20 @@ class RecurrentPolicy(nn.Module):
             known: masks [T, C] of sequences for which ``sample`` has already worked them out.
         """
         steps, widest = self.head_bias.shape
-        choices = torch.zeros(len(sequences), steps, dtype=torch.int64)
-        masks = torch.zeros(len(sequences), steps, widest, dtype=torch.bool)
+        choices = np.zeros((len(sequences), steps), dtype=np.int64)
+        masks = np.zeros((len(sequences), steps, widest), dtype=bool)
         masks[:, :, 0] = True
         for row, sequence in enumerate(sequences):
-            choices[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+            choices[row, : len(sequence)] = sequence
             if known is not None and sequence in known:
-                masks[row] = known[sequence]
+                masks[row] = known[sequence].numpy()
                 continue
             for step in range(len(sequence)):
-                allowed = torch.from_numpy(np.asarray(mask(sequence[:step]), dtype=bool))
+                allowed = mask(sequence[:step])
                 masks[row, step, : len(allowed)] = allowed
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         longest = max(1, int(lengths.max()))
-        return Episodes(choices[:, :longest], masks[:, :longest], lengths)
+        return Episodes(torch.from_numpy(choices[:, :longest]), torch.from_numpy(masks[:, :longest]), lengths)
 
     def _tokens(self, choices: Tensor) -> Tensor:
         widest = self.head_bias.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class Novelty:
         self, space: SearchSpace, rng: np.random.Generator, *, allow_repeats: bool = False, rounds: int = 8
     ) -> None:
         self._space = space
+        self._key = lru_cache(maxsize=1 << 16)(space.canonical_key)
         self._rng = rng
         self._allow_repeats = allow_repeats
         self._rounds = rounds
@@ -31,11 +33,11 @@ class Novelty:
 
     def is_new(self, architecture: Architecture) -> bool:
         """Whether it may be proposed; does not remember it."""
-        return self._allow_repeats or self._space.canonical_key(architecture) not in self._keys
+        return self._allow_repeats or self._key(architecture) not in self._keys
 
     def take(self, architecture: Architecture) -> bool:
         """Remembers ``architecture``; False if it was known and may not be proposed again."""
-        key = self._space.canonical_key(architecture)
+        key = self._key(architecture)
         if key in self._keys:
             return self._allow_repeats
         self._keys.add(key)

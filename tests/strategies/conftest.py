@@ -62,6 +62,7 @@ class Chain:
         valid[0] = len(prefix) > 0
         if prefix:
             valid[prefix[-1]] = False
+        valid.flags.writeable = False
         return valid
 
     def is_complete(self, prefix: tuple[int, ...]) -> bool:

@@ -100,3 +100,13 @@ def test_mutation_changes_something_unless_nothing_can_change(grid: Any, chain: 
     assert mutate(grid((1, 1)), fixed, rng) == fixed
     start = Architecture("chain", (1, 2, 3, 1))
     assert all(mutate(chain(4), start, rng) != start for _ in range(50))
+
+
+def test_a_limit_keeps_some_of_the_neighbours(grid: Any) -> None:
+    space = grid((3, 3, 3))
+    start = Architecture("grid", (0, 1, 2))
+    everything = set(neighbours(space, start, np.random.default_rng(0)))
+    some = neighbours(space, start, np.random.default_rng(0), limit=4)
+    assert len(set(some)) == 4
+    assert set(some) < everything
+    assert set(neighbours(space, start, np.random.default_rng(0), limit=6)) == everything
