@@ -98,9 +98,9 @@ void register_masked_matmul(py::module_& module) {
       "multiply_tiles",
       [](const MatrixArgs& x, const WeightArgs& w, bool transposed, int kinds, Address packed,
          Address permutation, const OutputArgs& y, Address scratch, int threads) {
-        RLNAS_DISPATCH(multiply_tiles, matrix(x), direction_of(weight(w), transposed),
-                       static_cast<Kinds>(kinds), at<const float>(packed), at<const int32_t>(permutation),
-                       output(y), at<float>(scratch), threads);
+        RLNAS_DISPATCH(multiply_tiles, matrix(x), weight(w), transposed, static_cast<Kinds>(kinds),
+                       at<const float>(packed), at<const int32_t>(permutation), output(y), at<float>(scratch),
+                       threads);
       },
       unlocked);
   m.def(

@@ -79,9 +79,10 @@ struct Rows {
 
 namespace rlnas {
 RLNAS_DECLARE(void pack_tiles(const Weight& weight, bool transposed, Kinds kinds, float* packed, int threads))
-RLNAS_DECLARE(void multiply_tiles(const Matrix& x, const Direction& d, Kinds kinds, const float* packed,
-                                  const int32_t* input_permutation, const Output& y, float* scratch,
-                                  int threads))
+// `packed` null: tiles are packed on the way.
+RLNAS_DECLARE(void multiply_tiles(const Matrix& x, const Weight& weight, bool transposed, Kinds kinds,
+                                  const float* packed, const int32_t* input_permutation, const Output& y,
+                                  float* scratch, int threads))
 RLNAS_DECLARE(void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight,
                                 const int32_t* output_permutation, const int32_t* input_permutation,
                                 void* grad_w, float* scratch, int threads))

@@ -85,40 +85,68 @@ void pack_tile(const Weight& w, bool transposed, int64_t i, int64_t j, bool int8
   }
 }
 
+// The live tiles of tile row i, block after block.
+template <class T>
+void pack_row(const Weight& w, bool transposed, Kinds kinds, int64_t i, float* to) {
+  const Direction d = direction_of(w, transposed);
+  const Offsets offsets(d, kinds);
+  const int64_t size = block_width(d.tile_out) * d.tile_in, blocks = blocks_in_tile(d.tile_out);
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t t = 0; t < offsets.live(i); ++t, to += size)
+      pack_tile<T>(w, transposed, i, offsets.list(i)[t], kinds == Kinds::int8 || t >= d.count[2 * i], b, to);
+}
+
+using PackRow = void (*)(const Weight&, bool, Kinds, int64_t, float*);
+
+PackRow row_packer(Dtype dtype) {
+  return with_type(dtype,
+                   [](auto* type) -> PackRow { return pack_row<std::remove_pointer_t<decltype(type)>>; });
+}
+
+// Room that a thread keeps: a run of packed tile rows, small enough for the second-level cache.
+float* run_buffer(int64_t floats) {
+  struct Buffer {
+    float* data = nullptr;
+    int64_t size = 0;
+    ~Buffer() { delete[] data; }
+  };
+  static thread_local Buffer buffer;
+  if (buffer.size < floats) {
+    delete[] buffer.data;
+    buffer.data = new float[static_cast<size_t>(floats)];
+    buffer.size = floats;
+  }
+  return buffer.data;
+}
+
 }  // namespace
 
 void pack_tiles(const Weight& weight, bool transposed, Kinds kinds, float* packed, int threads) {
   const Direction d = direction_of(weight, transposed);
   const Offsets offsets(d, kinds);
-  const int64_t width = block_width(d.tile_out), blocks = blocks_in_tile(d.tile_out);
-  with_type(weight.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  const int64_t tile_floats = blocks_in_tile(d.tile_out) * block_width(d.tile_out) * d.tile_in;
+  const PackRow pack = row_packer(weight.dtype);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < d.tiles_out; ++i) {
-      const int64_t live = offsets.live(i);
-      float* row = packed + offsets.before(i) * blocks * width * d.tile_in;
-      for (int64_t b = 0; b < blocks; ++b)
-        for (int64_t t = 0; t < live; ++t) {
-          const bool int8 = kinds == Kinds::int8 || t >= d.count[2 * i];
-          pack_tile<T>(weight, transposed, i, offsets.list(i)[t], int8, b,
-                       row + (b * live + t) * width * d.tile_in);
-        }
-    }
-  });
+  for (int64_t i = 0; i < d.tiles_out; ++i)
+    pack(weight, transposed, kinds, i, packed + offsets.before(i) * tile_floats);
 }
 
-void multiply_tiles(const Matrix& x, const Direction& d, Kinds kinds, const float* packed,
+// A task packs a run of tile rows into its second-level cache, then all panels of x pass over it.
+void multiply_tiles(const Matrix& x, const Weight& weight, bool transposed, Kinds kinds, const float* packed,
                     const int32_t* input_permutation, const Output& y, float* scratch, int threads) {
+  constexpr int64_t kRunFloats = int64_t{1} << 17, kStep = 256;
+  const Direction d = direction_of(weight, transposed);
   const Panels panels(x.rows, kPanel);
   const Offsets offsets(d, kinds);
   const int64_t width = block_width(d.tile_out), blocks = blocks_in_tile(d.tile_out);
-  // A group of panels stays in the second-level cache while a run of tile rows passes over it.
-  const int64_t group = std::clamp<int64_t>((int64_t{1} << 17) / std::max<int64_t>(1, d.in * kPanel), 1, 8);
-  const int64_t groups = (panels.count + group - 1) / group;
-  const int64_t wanted = std::max<int64_t>(1, (8 * threads + groups - 1) / std::max<int64_t>(1, groups));
-  const int64_t runs = std::min(d.tiles_out, std::max<int64_t>(wanted, 4));
-  constexpr int64_t kStep = 256;
+  const int64_t tile_floats = blocks * width * d.tile_in;
+  const int64_t row_floats =
+      offsets.before(d.tiles_out) * tile_floats / std::max<int64_t>(1, d.tiles_out) + 1;
+  const int64_t rows_in_run =
+      std::clamp<int64_t>(kRunFloats / row_floats, 1, std::max<int64_t>(1, d.tiles_out / (8 * threads)));
+  const int64_t runs = (d.tiles_out + rows_in_run - 1) / rows_in_run;
   const int64_t slices = (d.in + kStep - 1) / kStep;
+  const PackRow pack = row_packer(weight.dtype);
   with_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
 #pragma omp parallel num_threads(threads)
@@ -128,25 +156,32 @@ void multiply_tiles(const Matrix& x, const Direction& d, Kinds kinds, const floa
         for (int64_t s = 0; s < slices; ++s)
           pack_panel(static_cast<const T*>(x.data), x.stride, panels.first(p), panels.size(p), s * kStep,
                      std::min(d.in, (s + 1) * kStep), input_permutation, scratch + panels.first(p) * d.in);
-#pragma omp for schedule(dynamic, 1) collapse(2) nowait
-      for (int64_t g = 0; g < groups; ++g)
-        for (int64_t run = 0; run < runs; ++run) {
-          alignas(64) float sum[kPanel * kBlock];
-          const int64_t i0 = d.tiles_out * run / runs, i1 = d.tiles_out * (run + 1) / runs;
-          const float* w = packed + offsets.before(i0) * blocks * width * d.tile_in;
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t run = 0; run < runs; ++run) {
+        alignas(64) float sum[kPanel * kBlock];
+        const int64_t i0 = run * rows_in_run, i1 = std::min(d.tiles_out, i0 + rows_in_run);
+        const int64_t before = offsets.before(i0);
+        const float* tiles = packed + before * tile_floats;
+        if (!packed) {
+          float* to = run_buffer((offsets.before(i1) - before) * tile_floats + kLanes);
+          tiles = to;
+          for (int64_t i = i0; i < i1; to += offsets.live(i++) * tile_floats)
+            pack(weight, transposed, kinds, i, to);
+        }
+        for (int64_t p = 0; p < panels.count; ++p) {
+          const float* w = tiles;
           for (int64_t i = i0; i < i1; ++i) {
             const Chain chain{offsets.list(i), offsets.live(i), d.tile_in, d.in};
             for (int64_t b = 0; b < blocks; ++b, w += chain.count * width * d.tile_in) {
               const int64_t o0 = i * d.tile_out + b * width;
               const int64_t columns = std::min({width, (i + 1) * d.tile_out - o0, d.out - o0});
               if (columns <= 0) continue;
-              for (int64_t p = g * group; p < std::min(panels.count, (g + 1) * group); ++p) {
-                multiply_block(panels.size(p), scratch + panels.first(p) * d.in, w, width, chain, sum);
-                write_block<T>(sum, width, panels.first(p), panels.size(p), o0, columns, y, d.out);
-              }
+              multiply_block(panels.size(p), scratch + panels.first(p) * d.in, w, width, chain, sum);
+              write_block<T>(sum, width, panels.first(p), panels.size(p), o0, columns, y, d.out);
             }
           }
         }
+      }
     }
   });
 }

@@ -73,7 +73,8 @@ def pack(weight: torch.Tensor, mask: TileTensors, kernel: str, *, transposed: bo
         return Packed(kernel, frozen, effective_weight(weight, mask), ())
     if kernel == "tiles":
         buffer = torch.empty(_tile_floats(mask, transposed), dtype=torch.float32)
-        _pack_tiles(weight, mask, transposed, BOTH, buffer)
+        threads = torch.get_num_threads()
+        _kernels().pack_tiles(_weight(weight, mask), transposed, BOTH, buffer.data_ptr(), threads)
         return Packed(kernel, frozen, weight, (buffer,))
     if kernel == "rows":
         return Packed(kernel, frozen, weight, _pack_rows(weight, mask, transposed, fresh=True))
@@ -115,9 +116,7 @@ def forward(
         return _dense(x, _dense_weight(weight, mask), mask, bias)
     y = x.new_empty(x.shape[0], mask.shape[0])
     if kernel == "tiles":
-        packed = _workspace("weight", _tile_floats(mask, False))
-        _pack_tiles(weight, mask, False, BOTH, packed)
-        _multiply_tiles(x, weight, mask, False, BOTH, packed, y, bias)
+        _multiply_tiles(x, weight, mask, False, BOTH, None, y, bias)
     elif kernel == "rows":
         _multiply_rows(x, mask, False, _pack_rows(weight, mask, False), y, bias)
     else:
@@ -138,9 +137,7 @@ def grad_input(
         return _scattered(grad_y @ _dense_weight(weight, mask), mask.input_permutation)
     grad_x = grad_y.new_empty(grad_y.shape[0], mask.shape[1])
     if kernel == "tiles":
-        packed = _workspace("weight", _tile_floats(mask, True))
-        _pack_tiles(weight, mask, True, BOTH, packed)
-        _multiply_tiles(grad_y, weight, mask, True, BOTH, packed, grad_x, None)
+        _multiply_tiles(grad_y, weight, mask, True, BOTH, None, grad_x, None)
     else:
         _multiply_rows(grad_y, mask, True, _pack_rows(weight, mask, True), grad_x, None)
     return grad_x
@@ -209,9 +206,7 @@ def _forward_int8(
     y = wide.new_empty(x.shape[0], mask.shape[0])
     keep_tiles = int(mask.stats[0])
     if keep_tiles:
-        packed = _workspace("weight", _tile_floats(mask, False))
-        _pack_tiles(weight, mask, False, KEEP_ONLY, packed)
-        _multiply_tiles(wide, weight, mask, False, KEEP_ONLY, packed, y, wide_bias)
+        _multiply_tiles(wide, weight, mask, False, KEEP_ONLY, None, y, wide_bias)
     width, blocks = _blocks(mask.tile[0])
     depth = -(-mask.tile[1] // 4) * 4
     columns = int(mask.stats[1]) * blocks * width
@@ -257,21 +252,13 @@ def _scattered(y: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     return y if order is None else torch.empty_like(y).index_copy_(1, order.long(), y)
 
 
-def _pack_tiles(
-    weight: torch.Tensor, mask: TileTensors, transposed: bool, kinds: int, packed: torch.Tensor
-) -> None:
-    _kernels().pack_tiles(
-        _weight(weight, mask), transposed, kinds, packed.data_ptr(), torch.get_num_threads()
-    )
-
-
 def _multiply_tiles(
     x: torch.Tensor,
     weight: torch.Tensor,
     mask: TileTensors,
     transposed: bool,
     kinds: int,
-    packed: torch.Tensor,
+    packed: torch.Tensor | None,
     y: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> None:
@@ -279,7 +266,7 @@ def _multiply_tiles(
     read, written = permutations[::-1] if transposed else permutations
     scratch = _workspace("x", x.numel() + 32)
     _kernels().multiply_tiles(
-        *(_matrix(x), _weight(weight, mask), transposed, kinds, packed.data_ptr(), _address(read)),
+        *(_matrix(x), _weight(weight, mask), transposed, kinds, _address(packed), _address(read)),
         *(_output(y, written, bias), scratch.data_ptr(), torch.get_num_threads()),
     )
 
