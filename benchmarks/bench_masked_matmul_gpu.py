@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from rlnas_fast.ops.masked_matmul import TileMask, cuda, masked_matmul, triton_k
 from rlnas_fast.ops.masked_matmul.triton_kernels import Blocks
 
 N = K = 4096
+WARM_PROCESSES = 12
 INPUT_SETS = 4  # 128 MiB of weights: more than the 60 MB of L2
 DTYPE = torch.bfloat16
 Call = Callable[[], object]
@@ -108,6 +108,10 @@ def ours_cuda(p: Problem) -> object:
     return cuda.forward(p.x, p.weight, p.mask.tensors, None)
 
 
+def ours_triton(p: Problem) -> object:
+    return triton_kernels.forward(p.x, p.weight, p.mask.tensors, None)
+
+
 def ours(p: Problem) -> object:
     return masked_matmul(p.x, p.weight, p.mask)
 
@@ -125,38 +129,44 @@ def compiled_mask() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torc
     return torch.compile(lambda x, weight, dense: F.linear(x, weight * dense), dynamic=False)
 
 
-def bsr_calls(inputs: list[Problem], tile: int) -> list[Call]:
-    """bsr_dense_addmm after its own tuning, on operands already in its form."""
-    from torch.sparse import _triton_ops_meta as meta
+def bsr_settings(tile: int) -> list[dict[str, int]]:
+    """What bsr_dense_addmm is tuned over: the parameters of its own tuner, 40 or 30 settings."""
+    return [
+        {"SPLIT_N": split, "GROUP_SIZE_ROW": group, "num_stages": stages, "num_warps": warps}
+        for split in ((2, 4, 8, 16) if tile <= 64 else (1, 2, 4))
+        for stages in (1, 2, 3, 4, 5)
+        for warps, group in ((4, 1), (8, 1))
+    ]
+
+
+def bsr_calls(inputs: list[Problem], tile: int, part: slice = slice(None)) -> list[Call]:
+    """bsr_dense_addmm with the fastest of its settings (replayed), on operands already in its form."""
     from torch.sparse._triton_ops import bsr_dense_addmm
 
     converted = [
-        (p.applied.to_sparse_bsr((tile, tile)), p.x.t(), p.x.new_zeros(N, p.x.shape[0])) for p in inputs
+        (p.x.new_zeros(N, p.x.shape[0]), p.applied.to_sparse_bsr((tile, tile)), p.x.t()) for p in inputs
     ]
-    started = time.perf_counter()
-    patient = triton.testing.do_bench
-    triton.testing.do_bench = functools.partial(_short_bench, patient)
-    try:
-        bsr, dense, start = converted[0]
-        chosen = meta.tune_bsr_dense_addmm(start, bsr, dense, beta=0, alpha=1, store=True)
-    finally:
-        triton.testing.do_bench = patient
-    print(f"  bsr_dense_addmm tuned in {time.perf_counter() - started:.0f} s: {chosen}", flush=True)
-    return [
-        functools.partial(bsr_dense_addmm, start, bsr, dense, beta=0, alpha=1, meta=chosen)
-        for bsr, dense, start in converted
-    ]
+    settings = bsr_settings(tile)[part]
+    calls = {
+        str(index): [functools.partial(bsr_dense_addmm, *o, beta=0, alpha=1, meta=setting) for o in converted]
+        for index, setting in enumerate(settings)
+    }
+    times = microseconds(usable(calls, True), replayed=True, rounds=3)
+    best = min(times, key=lambda name: statistics.median(times[name]))
+    print(f"  bsr_dense_addmm, tiles {tile}: {settings[int(best)]}", flush=True)
+    return calls[best]
 
 
-def _short_bench(bench: Callable[..., float], function: Call, **_: object) -> float:
-    return bench(function, warmup=10, rep=30)
+def warm_bsr(part: int, parts: int) -> None:
+    """Compiles a share of bsr_dense_addmm's settings into Triton's cache."""
+    for tile in (64, 128):
+        bsr_calls(problems(512, 0.9, tile, True), tile, slice(part, None, parts))
 
 
 def dense_peers(inputs: list[Problem]) -> Contenders:
     return {
         "dense": each(inputs, dense_product),
         "W*M": each(inputs, eager_mask),
-        "compiled W*M": each(inputs, lambda p: compiled_mask()(p.x, p.weight, p.dense)),
     }
 
 
@@ -198,8 +208,12 @@ def crossing(points: list[tuple[float, float]]) -> float:
     return place
 
 
+def section_break_even(rows: list[Row]) -> None:
+    for tile in (64, 128):
+        break_even(rows, tile, 512)
+
+
 def section_tiles(rows: list[Row], tile: int, batch: int = 512) -> None:
-    break_even(rows, tile, batch)
     inputs = problems(batch, 0.9, tile, True)
     calls = {"ours": each(inputs, ours), **dense_peers(inputs), "bsr": bsr_calls(inputs, tile)}
     compare(rows, f"tiles {tile}, 90 % zeros, B={batch}", calls, {"bsr": 1.3, "dense": None})
@@ -207,25 +221,52 @@ def section_tiles(rows: list[Row], tile: int, batch: int = 512) -> None:
 
 def section_small_tiles(rows: list[Row]) -> None:
     for tile in (16, 32):
-        inputs = problems(512, 0.9, tile, True)
-        calls = {
-            "ours": each(inputs, ours),
-            "dense": each(inputs, dense_product),
-            "bsr": bsr_calls(inputs, tile),
-        }
-        compare(rows, f"tiles {tile}, 90 % zeros, B=512", calls, {"bsr": None, "dense": None})
+        for zeros in (0.5, 0.9):
+            inputs = problems(512, zeros, tile, True)
+            calls = {"ours": each(inputs, ours), "triton": each(inputs, ours_triton), **dense_peers(inputs)}
+            name = f"tiles {tile}, {zeros:.0%} zeros, B=512"
+            compare(rows, name, calls, {"dense": None, "triton": None})
 
 
 def section_unstructured(rows: list[Row]) -> None:
-    for batch, fast, eager in ((512, 1.0, 1.5), (4096, None, None)):
-        inputs = problems(batch, 0.5, 128, False)
+    for tile, batch, fast, eager in ((128, 512, 1.0, 1.5), (32, 512, None, None), (128, 4096, None, None)):
+        inputs = problems(batch, 0.5, tile, False)
         calls = {"ours": each(inputs, ours), **dense_peers(inputs)}
-        compare(
-            rows,
-            f"unstructured, 50 % zeros, B={batch}",
-            calls,
-            {"dense": fast, "W*M": eager, "compiled W*M": None},
-        )
+        for cluster in CLUSTERS:
+            name = "ours, cluster " + "x".join(map(str, cluster))
+            calls[name] = each(
+                inputs, lambda p, c=cluster: cuda.forward(p.x, p.weight, p.mask.tensors, None, cluster=c)
+            )
+        name = f"unstructured, 50 % zeros, tiles {tile}, B={batch}"
+        compare(rows, name, calls, {"dense": fast, "W*M": eager})
+
+
+def section_clusters(rows: list[Row]) -> None:
+    """Only printed: which clusters to choose."""
+    del rows
+    for tile in (64, 128):
+        for zeros in (0.5, 0.9):
+            inputs = problems(512, zeros, tile, True)
+            calls: Contenders = {"dense": each(inputs, dense_product)}
+            for cluster in [(1, 1), (2, 1), (4, 1)]:
+                name = "x".join(map(str, cluster))
+                calls[f"forward {name}"] = each(
+                    inputs, lambda p, c=cluster: cuda.forward(p.x, p.weight, p.mask.tensors, None, cluster=c)
+                )
+                calls[f"gx {name}"] = each(
+                    inputs,
+                    lambda p, c=cluster: cuda.grad_input(p.grad_y, p.weight, p.mask.tensors, cluster=c),
+                )
+            timed(f"tiles {tile}, {zeros:.0%} zeros, B=512", calls)
+
+
+def section_compiled(rows: list[Row]) -> None:
+    inputs = problems(512, 0.5, 128, False)
+    calls = {
+        "ours": each(inputs, ours),
+        "compiled W*M": each(inputs, lambda p: compiled_mask()(p.x, p.weight, p.dense)),
+    }
+    compare(rows, "unstructured, 50 % zeros, B=512", calls, {"compiled W*M": None})
 
 
 def section_few_rows(rows: list[Row]) -> None:
@@ -242,8 +283,11 @@ def section_gradients(rows: list[Row]) -> None:
         inputs = problems(512, 0.9, tile, True)
         calls: Contenders = {
             "ours": each(inputs, lambda p: (
-                triton_kernels.grad_input(p.grad_y, p.weight, p.mask.tensors),
+                cuda.grad_input(p.grad_y, p.weight, p.mask.tensors),
                 triton_kernels.grad_weight(p.grad_y, p.x, p.mask.tensors))),
+            "gx": each(inputs, lambda p: cuda.grad_input(p.grad_y, p.weight, p.mask.tensors)),
+            "gx dense": each(inputs, lambda p: p.grad_y @ p.applied),
+            "gW": each(inputs, lambda p: triton_kernels.grad_weight(p.grad_y, p.x, p.mask.tensors)),
             "dense": each(inputs, lambda p: (p.grad_y @ p.applied, p.grad_y.t() @ p.x)),
             "W*M": each(inputs, lambda p: (p.grad_y @ (p.weight * p.dense), (p.grad_y.t() @ p.x) * p.dense)),
         }  # fmt: skip
@@ -369,15 +413,18 @@ def tune_gradients(rows: list[Row], tile: int) -> None:
 
 
 SECTIONS: dict[str, Callable[[list[Row]], None]] = {
-    "update": section_update,
+    "break-even": section_break_even,
+    "clusters": section_clusters,
     "unstructured": section_unstructured,
     "tiles 64": functools.partial(section_tiles, tile=64),
     "tiles 128": functools.partial(section_tiles, tile=128),
-    "small tiles": section_small_tiles,
-    "few rows": section_few_rows,
+    "update": section_update,
     "gradients": section_gradients,
-    "two of four": section_two_of_four,
+    "few rows": section_few_rows,
+    "small tiles": section_small_tiles,
     "host": section_host,
+    "two of four": section_two_of_four,
+    "compiled": section_compiled,
 }
 TUNING: dict[str, Callable[[list[Row]], None]] = {
     **{f"tune {tile}": functools.partial(tune, tile=tile) for tile in (64, 128, 32, 16)},
@@ -391,22 +438,25 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 if a must does not hold")
     parser.add_argument("--tune", action="store_true", help="time kernel variants")
     parser.add_argument("--only", default="")
-    parser.add_argument("--warm", action="store_true", help="first compile everything in parallel processes")
+    parser.add_argument("--warm", action="store_true", help="first compile the slowest peer in 12 processes")
+    parser.add_argument("--warm-part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sections = TUNING if options.tune else SECTIONS
     chosen = {name: section for name, section in sections.items() if options.only in name}
+    if options.warm_part is not None:
+        warm_bsr(options.warm_part, WARM_PROCESSES)
+        return
     if options.warm:
-        run = [sys.executable, __file__, *(["--tune"] if options.tune else []), "--only"]
-        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        processes = [
-            subprocess.Popen(
-                [*run, name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-            )
-            for name in chosen
+        started = time.perf_counter()
+        command = [sys.executable, __file__, "--warm-part"]
+        parts = [
+            subprocess.Popen([*command, str(part)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for part in range(WARM_PROCESSES)
         ]
-        for process in processes:
+        for process in parts:
             process.wait()
+        print(f"-- warm: {time.perf_counter() - started:.0f} s", flush=True)
     rows: list[Row] = []
     for name, section in chosen.items():
         started = time.perf_counter()
@@ -416,14 +466,14 @@ def main() -> None:
             print(f"section {name} failed: {error!r}"[:300], flush=True)
             rows.append(Row(f"section {name}", float("nan"), 0.0, detail=repr(error)[:200]))
         print(f"-- {name}: {time.perf_counter() - started:.0f} s", flush=True)
+        if options.json:
+            record = {
+                **_environment(),
+                "triton": triton.__version__,
+                "rows": [dataclasses.asdict(row) for row in rows],
+            }
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
     _show(__doc__ or "", rows)
-    if options.json:
-        record = {
-            **_environment(),
-            "triton": triton.__version__,
-            "rows": [dataclasses.asdict(row) for row in rows],
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(1 if options.check and not all(row.holds() for row in rows) else 0)
 
 
