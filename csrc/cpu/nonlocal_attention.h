@@ -56,6 +56,15 @@ RLNAS_DECLARE(void block_forward(const BlockShape& shape, const BlockWeights& we
 RLNAS_DECLARE(void block_backward(const BlockShape& shape, const BlockWeights& weights, const View& x,
                                   const View& grad_z, const BlockSaved& saved, const View& grad_x,
                                   const BlockGradients& gradients));
+// The softmax block where the CPU multiplies bfloat16 pairs; only where it says that it serves.  That depends on
+// nothing but its arguments and the instruction set, so that forward and backward agree; `result` is z or grad_x,
+// which are laid out alike.
+RLNAS_DECLARE(bool bf16_block_serves(const BlockShape& shape, const View& x, const View& result));
+RLNAS_DECLARE(void bf16_block_forward(const BlockShape& shape, const BlockWeights& weights, const View& x,
+                                      const View& z, const BlockSaved& saved));
+RLNAS_DECLARE(void bf16_block_backward(const BlockShape& shape, const BlockWeights& weights, const View& x,
+                                       const View& grad_z, const BlockSaved& saved, const View& grad_x,
+                                       const BlockGradients& gradients));
 RLNAS_DECLARE(void dot_product_forward(const BlockShape& shape, const BlockWeights& weights, const View& x,
                                        const View& z, const BlockSaved& saved));
 RLNAS_DECLARE(void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, const View& x,

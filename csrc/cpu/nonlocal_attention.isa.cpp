@@ -43,6 +43,7 @@ struct LoadedKeys {
 
 void block_forward(const BlockShape& shape, const BlockWeights& weights, const View& x, const View& z,
                    const BlockSaved& saved) {
+  if (bf16_block_serves(shape, x, z)) return bf16_block_forward(shape, weights, x, z, saved);
   const Block k(shape, weights);
   std::vector<float> projection_panels, out_panels;
   const Right project = packed(k.projection.data(), k.C, k.L, true, projection_panels);
@@ -98,6 +99,8 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
 
 void block_backward(const BlockShape& shape, const BlockWeights& weights, const View& x, const View& grad_z,
                     const BlockSaved& saved, const View& grad_x, const BlockGradients& gradients) {
+  if (bf16_block_serves(shape, x, grad_x))
+    return bf16_block_backward(shape, weights, x, grad_z, saved, grad_x, gradients);
   const Block k(shape, weights);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
   std::vector<float> projection_panels, out_panels;

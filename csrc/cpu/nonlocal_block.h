@@ -167,6 +167,8 @@ class WeightSums {
  public:
   WeightSums(const Block& block, int threads) : k_(block), parts_(threads, std::vector<float>(size(), 0.0f)) {}
 
+  // One thread's sums: projection [L][C], out [C][E], bias [L], out bias [C].
+  float* part(int thread) { return parts_[thread].data(); }
   float* out(int thread) { return parts_[thread].data() + k_.L * k_.C; }
 
   // Adds the share of some positions; without `attention` that of W_z is left to the caller.

@@ -76,11 +76,19 @@ class Image {
     uniform_ = rows_follow && (plane == 1 || space[0] == 1 || view.space[0] == plane * step_);
   }
 
-  bool in_place() const { return view_.dtype == DType::float32 && uniform_ && (view_.channel == 1 || channels_ == 1); }
+  bool in_place() const { return view_.dtype == DType::float32 && rows_follow(); }
 
   Rows in_place_rows(int64_t first) const {
     return {static_cast<float*>(view_.data) + offset_ + first * step_, step_};
   }
+
+  // Whether rows lie in memory as they are, in whatever dtype.
+  bool rows_follow() const { return uniform_ && (view_.channel == 1 || channels_ == 1); }
+  template <class Stored>
+  Stored* row(int64_t position) const {
+    return static_cast<Stored*>(view_.data) + offset_ + position * step_;
+  }
+  int64_t step() const { return step_; }
 
   // Rows [first, last): a view of the tensor itself, or a copy in `buffer`.
   Rows load(int64_t first, int64_t last, float* buffer) const {

@@ -180,6 +180,16 @@ def test_block_in_half_precision(dtype: torch.dtype) -> None:
         check_block(*block_operands(case, dtype), case[3])
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["without bias", "with bias"])
+def test_bfloat16_channels_last_on_every_instruction_set(isa: str, bias: bool) -> None:
+    for shape, inner, value in [((2, 32, 7, 7), 16, 16), ((3, 20, 9, 5), 10, 12), ((2, 64, 14, 14), 32, 32)]:
+        x, weights = block_operands((shape, inner, value, 1), torch.bfloat16, bias)
+        check_block(laid_out(x, "channels last"), weights, 1)
+        check_block(laid_out(x, "channels last"), weights, 1, residual=False)
+        wide = torch.full((*shape[:3], shape[3] + 1), torch.nan).bfloat16().to(memory_format=torch.channels_last)
+        check_block(wide[..., 1:].copy_(x), weights, 1)
+
+
 @pytest.mark.parametrize("kind", ["dot_product", "concatenation"])
 def test_block_of_other_kinds(kind: str) -> None:
     for case in BLOCKS:
