@@ -39,6 +39,7 @@ bench: $(TEST)
 	$(PY) benchmarks/bench_nonlocal_attention.py --check $(ARGS)
 	$(PY) benchmarks/bench_masked_matmul.py --check $(ARGS)
 	$(PY) benchmarks/bench_tabular.py --check $(ARGS)
+	$(PY) benchmarks/bench_meter.py --check $(ARGS)
 
 bench-nonlocal: $(TEST)
 	$(PY) benchmarks/bench_nonlocal_attention.py --check $(ARGS)

@@ -350,6 +350,11 @@ def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return names, objects
 
 
+def _holds_something(folder: Path) -> bool:
+    """Whether anything is in ``folder`` but what a start that was killed left half-written."""
+    return any(not entry.name.endswith(".partial") for entry in folder.iterdir())
+
+
 def _new_folder(out: Path | None, config: SearchConfig) -> Path:
     stem = "-".join(
         [time.strftime("%Y%m%d-%H%M%S"), config.space.name, config.task.name, config.strategy.name]
@@ -359,7 +364,7 @@ def _new_folder(out: Path | None, config: SearchConfig) -> Path:
         raise RunError(
             f"{folder} holds a run already: go on with `rlnas resume {folder}` or choose another --out"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or _holds_something(folder)):
         raise RunError(f"{folder} is there and is not empty: choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)

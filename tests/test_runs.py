@@ -123,6 +123,9 @@ def test_a_folder_in_use_is_refused(own: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "full" / "precious.txt").write_text("mine")
     with pytest.raises(RunError, match="not empty"):
         rf.run(**parts(own), strategy="random", trials=2, out=tmp_path / "full")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "config.toml.partial").write_text("tri")
+    assert rf.run(**parts(own), strategy="random", trials=2, out=tmp_path / "killed").best is not None
     with pytest.raises(RunError, match="not a run folder"):
         rf.resume_run(tmp_path / "full")
     with pytest.raises(RunError, match="no winner"):

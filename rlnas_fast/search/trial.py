@@ -84,7 +84,7 @@ class Measurement:
         return None if extra is None else float(extra)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(asdict(self), sort_keys=True, default=float)  # a user's NumPy scalars
 
     @staticmethod
     def from_json(text: str) -> Measurement:
