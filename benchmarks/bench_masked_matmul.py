@@ -149,17 +149,18 @@ def backward_rows(quick: bool) -> list[Row]:
     size, batch = 2048, 512
     for tile, must, aim in ((32, 2.5, 3.5), (None, 1.8, 2.5)):
         mask, x = random_mask(size, size, 0.9, tile), Inputs(batch, size)
-        weight, grad = torch.randn(size, size) / 45, torch.randn(batch, size)
+        weight = (torch.randn(size, size) / 45).requires_grad_()
+        grad = torch.randn(batch, size)
         dense = mask.dense()
-        applied = weight * dense
+        applied = weight.detach() * dense
         csr, csr_t = applied.to_sparse_csr(), applied.t().to_sparse_csr()
 
         def ours(weight=weight, mask=mask, x=x, grad=grad) -> None:
-            inputs = x().requires_grad_(), weight.clone().requires_grad_()
+            inputs = x().detach().requires_grad_(), weight
             torch.autograd.grad(masked_matmul(inputs[0], inputs[1], mask), inputs, grad)
 
         def masked_dense(weight=weight, dense=dense, x=x, grad=grad) -> None:
-            inputs = x().requires_grad_(), weight.clone().requires_grad_()
+            inputs = x().detach().requires_grad_(), weight
             torch.autograd.grad(F.linear(inputs[0], inputs[1] * dense), inputs, grad)
 
         def sparse(csr=csr, csr_t=csr_t, x=x, grad=grad) -> None:
@@ -169,7 +170,7 @@ def backward_rows(quick: bool) -> list[Row]:
 
         calls: dict[str, Call] = {"ours": ours, "linear(x, W*M)": masked_dense, "csr, sampled_addmm": sparse}
         if tile:
-            calls["row gather, sampled_addmm"] = _gathered_step(weight, mask, csr, x, grad)
+            calls["row gather, sampled_addmm"] = _gathered_step(weight.detach(), mask, csr, x, grad)
         kind = f"{tile}x{tile}" if tile else "unstructured"
         figure, detail = ratio(timed(calls, quick, 3), "ours")
         rows.append(Row(f"{kind}, 90 %, B={batch}, forward + backward", figure, must, aim, detail=detail))

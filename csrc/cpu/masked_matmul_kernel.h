@@ -21,14 +21,18 @@ struct Chain {
 // sum[r][c] = sum over the chain of a[step][r] * w[step][c]; a is [inner][R], w is [count * depth][width].
 template <int R, int V>
 static void multiply_panel(const float* a, const float* w, int64_t width, const Chain& chain, float* sum) {
-  Vector acc[R][V];
+  // Few accumulators cannot hide the latency of an addition: several steps then go side by side.
+  constexpr int kSteps = R * V >= 8 ? 1 : R * V >= 4 ? 2 : 4;
+  Vector acc[kSteps][R][V];
   bool flushed = false;
   int run = 0;
   const auto clear = [&] {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] = Vector{};
+      for (int v = 0; v < V; ++v)
+#pragma GCC unroll 4
+        for (int s = 0; s < kSteps; ++s) acc[s][r][v] = Vector{};
   };
   const auto flush = [&] {
 #pragma GCC unroll 16
@@ -36,7 +40,10 @@ static void multiply_panel(const float* a, const float* w, int64_t width, const 
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
         float* place = sum + r * width + v * kLanes;
-        store(place, flushed ? load(place) + acc[r][v] : acc[r][v]);
+        Vector total = acc[0][r][v];
+#pragma GCC unroll 4
+        for (int s = 1; s < kSteps; ++s) total += acc[s][r][v];
+        store(place, flushed ? load(place) + total : total);
       }
     flushed = true;
     run = 0;
@@ -48,8 +55,7 @@ static void multiply_panel(const float* a, const float* w, int64_t width, const 
     const float* wt = w + t * chain.depth * width;
     for (int64_t left = std::min(chain.depth, chain.inner - first); left > 0;) {
       const int64_t steps = std::min<int64_t>(left, kFlush - run);
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < steps; ++k) {
+      const auto step = [&](Vector(*into)[V]) __attribute__((always_inline)) {
         Vector weights[V];
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) weights[v] = load(wt + v * kLanes);
@@ -57,11 +63,17 @@ static void multiply_panel(const float* a, const float* w, int64_t width, const 
         for (int r = 0; r < R; ++r) {
           const Vector x = splat(at[r]);
 #pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) acc[r][v] += x * weights[v];
+          for (int v = 0; v < V; ++v) into[r][v] += x * weights[v];
         }
         at += R;
         wt += width;
-      }
+      };
+      int64_t k = 0;
+#pragma GCC unroll 4
+      for (; k + kSteps <= steps; k += kSteps)
+#pragma GCC unroll 4
+        for (int s = 0; s < kSteps; ++s) step(acc[s]);
+      for (; k < steps; ++k) step(acc[0]);
       run += static_cast<int>(steps);
       left -= steps;
       if (run == kFlush) {

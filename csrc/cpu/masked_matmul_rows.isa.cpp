@@ -414,7 +414,7 @@ void sample_rows(const Matrix& grad_y, const Matrix& x, const Weight& weight, co
     using T = std::remove_pointer_t<decltype(type)>;
     T* gw = static_cast<T*>(grad_w);
     const int64_t fit = (int64_t{1} << 18) / std::max<int64_t>(1, x.cols * kLanes);
-    if (fit >= 8 && x.rows > 4 * kLanes)
+    if (fit >= 12 && x.rows > 4 * kLanes)
       sample_panels<8, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, threads);
     else if (fit >= 4 && x.rows > 2 * kLanes)
       sample_panels<4, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, threads);

@@ -31,6 +31,7 @@ __all__ = [
 KERNELS = ("dense", "tiles", "rows", "direct")
 KEEP_ONLY, BOTH = 0, 2
 DIRECT_ROWS = 8  # the most rows of x that the kernel without packing takes
+_ONE_THREAD_PRODUCTS = 1 << 17  # some ten microseconds of work
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -267,7 +268,7 @@ def _multiply_tiles(
     scratch = _workspace("x", x.numel() + 32)
     _kernels().multiply_tiles(
         *(_matrix(x), _weight(weight, mask), transposed, kinds, _address(packed), _address(read)),
-        *(_output(y, written, bias), scratch.data_ptr(), torch.get_num_threads()),
+        *(_output(y, written, bias), scratch.data_ptr(), _threads(x, mask)),
     )
 
 
@@ -310,7 +311,7 @@ def _multiply_rows(
     start, indices, values = (buffer.data_ptr() for buffer in rows)
     _kernels().multiply_rows(
         *(_matrix(x), y.shape[1], (start, indices, values), _address(read), _output(y, written, bias)),
-        *(scratch.data_ptr(), torch.get_num_threads()),
+        *(scratch.data_ptr(), _threads(x, mask)),
     )
 
 
@@ -322,8 +323,13 @@ def _multiply_direct(
     scratch = _workspace("x", x.shape[0] * (x.shape[1] + 32))
     _kernels().multiply_direct(
         *(_matrix(x), _weight(weight, mask), _address(mask.input_permutation)),
-        *(_output(y, mask.output_permutation, bias), scratch.data_ptr(), torch.get_num_threads()),
+        *(_output(y, mask.output_permutation, bias), scratch.data_ptr(), _threads(x, mask)),
     )
+
+
+def _threads(x: torch.Tensor, mask: TileTensors) -> int:
+    """Returns one thread where waking the others would cost more than they save."""
+    return torch.get_num_threads() if x.shape[0] * int(mask.stats[2]) > _ONE_THREAD_PRODUCTS else 1
 
 
 def _kernels():  # type: ignore[no-untyped-def]
