@@ -317,11 +317,13 @@ def test_autocast_casts_like_linear():
 @pytest.mark.parametrize("kernel", ["dense", "tiles", "rows", "direct"])
 def test_packed_products_equal_unpacked_ones(kernel):
     mask = make_mask("int8", 45, 70, (16, 32), permuted=True)
-    weight, bias, x = torch.randn(45, 70), torch.randn(45), torch.randn(6, 70)
+    weight, bias = torch.randn(45, 70), torch.randn(45)
     mask.quantise(weight)
     packed = pack(weight, mask, backend=kernel)
-    ours = masked_matmul(x, weight, mask, bias, packed=packed)
-    torch.testing.assert_close(ours, masked_matmul(x, weight, mask, bias, backend="reference"))
+    for batch in (6,) if kernel == "direct" else (6, 40):
+        x = torch.randn(batch, 70)
+        ours = masked_matmul(x, weight, mask, bias, packed=packed)
+        torch.testing.assert_close(ours, masked_matmul(x, weight, mask, bias, backend="reference"))
     with pytest.raises(ConfigError, match="no gradients"):
         masked_matmul(x.requires_grad_(), weight, mask, packed=packed)
 

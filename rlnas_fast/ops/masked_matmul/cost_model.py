@@ -29,7 +29,7 @@ __all__ = ["Product", "estimates", "measure"]
 
 Product = Literal["forward", "forward_packed", "grad_input", "grad_weight"]
 
-_VERSION = 2  # of the features below
+_VERSION = 3  # of the features below
 _LANES = {"plain": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
 _KERNELS: dict[Product, tuple[str, ...]] = {
     "forward": ("dense", "tiles", "rows", "direct"),

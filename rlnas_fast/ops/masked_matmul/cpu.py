@@ -71,7 +71,9 @@ def pack(weight: torch.Tensor, mask: TileTensors, kernel: str, *, transposed: bo
     weight = weight.detach().contiguous()
     frozen = mask.map(torch.Tensor.clone)
     if kernel == "dense":
-        return Packed(kernel, frozen, effective_weight(weight, mask), ())
+        dense = effective_weight(weight, mask)
+        prepacked = dense.dtype == torch.float32 and dense.numel() and torch.backends.mkldnn.is_available()
+        return Packed(kernel, frozen, dense, (dense.to_mkldnn(),) if prepacked else ())
     if kernel == "tiles":
         buffer = torch.empty(_tile_floats(mask, transposed), dtype=torch.float32)
         threads = torch.get_num_threads()
@@ -87,6 +89,10 @@ def forward_packed(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -
     x, bias = _rows_adjacent(x), None if bias is None else bias.contiguous()
     mask = packed.mask
     if packed.kernel == "dense":
+        if (
+            packed.buffers and x.shape[0] > DIRECT_ROWS
+        ):  # oneDNN's own packing; it does not pay for a few rows
+            return _dense(x, packed.buffers[0], mask, bias)
         return _dense(x, packed.weight, mask, bias)
     y = x.new_empty(x.shape[0], mask.shape[0])
     if packed.kernel == "tiles":
@@ -230,10 +236,14 @@ def _dense(
 ) -> torch.Tensor:
     if mask.input_permutation is not None:
         x = x[:, mask.input_permutation.long()]
-    if mask.output_permutation is None:
+    if weight.is_mkldnn:
+        y = F.linear(x.contiguous().to_mkldnn(), weight).to_dense()
+    elif mask.output_permutation is None:
         return F.linear(x, weight, bias)
-    y = _scattered(F.linear(x, weight), mask.output_permutation)
-    return y if bias is None else y + bias
+    else:
+        y = F.linear(x, weight)
+    y = _scattered(y, mask.output_permutation)
+    return y if bias is None else y.add_(bias)
 
 
 def _dense_weight(weight: torch.Tensor, mask: TileTensors) -> torch.Tensor:
