@@ -39,7 +39,10 @@ SHAPES = [
 ]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "misaligned", "expanded"]
 # What rounding one result costs, when plain PyTorch happens to be exact.
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+TF32_FLOOR = 2**-7  # a chain of four products whose operands keep 10 bits
+# torch says so when the first product of a thread is one of autograd's.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
 
 
 @contextmanager
@@ -57,6 +60,9 @@ def within_twice_plain(
 ) -> None:
     """The rule of flash-attention's tests: at most twice the error of plain PyTorch in the same dtype."""
     for index, (ours, theirs, truth) in enumerate(zip(found, plain, exact, strict=True)):
+        if not truth.any():  # one key: what is left is the rounding of terms that cancel
+            assert ours.abs().max() <= 64 * FLOOR[dtype]
+            continue
         error, allowed = cases.distance(ours, truth), 2 * cases.distance(theirs, truth) + FLOOR[dtype]
         assert error <= allowed, f"tensor {index}: error {error:.2e}, allowed {allowed:.2e}"
 
@@ -125,6 +131,7 @@ def test_block_is_as_exact_as_plain_pytorch(
         return cases.gradients(output, inputs, grad.to(precision))
 
     exact, plain = reference(torch.float64), reference(dtype)
+    floor = TF32_FLOOR if dtype is torch.float32 else FLOOR[dtype]
     names = [
         "z",
         "x",
@@ -132,10 +139,10 @@ def test_block_is_as_exact_as_plain_pytorch(
     ]
     # phi's bias shifts all logits of a row alike: its gradient is 0, and relative error means nothing.
     for name, ours, theirs, truth in zip(names, found, plain, exact, strict=True):
-        if name != "phi_bias":
-            error, allowed = cases.distance(ours, truth), 2 * cases.distance(theirs, truth) + FLOOR[dtype]
+        if name != "phi_bias" and truth.any():
+            error, allowed = cases.distance(ours, truth), 2 * cases.distance(theirs, truth) + floor
             assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
-    within_twice_plain((alone,), plain[:1], exact[:1], dtype)
+    assert cases.distance(alone, exact[0]) <= 2 * cases.distance(plain[0], exact[0]) + floor
 
 
 @pytest.mark.gpu
@@ -173,7 +180,7 @@ def test_empty_sizes(kernels: ModuleType) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_logits_beyond_float16(kernels: ModuleType) -> None:
-    theta, phi = (30 * torch.randn(2, 64, 70, device="cuda").half() for _ in range(2))
+    theta, phi = (80 * torch.randn(2, 64, 70, device="cuda").half() for _ in range(2))
     g = torch.randn(2, 32, 70, device="cuda").half()
     y, lse = kernels.attention_forward(theta, phi, g)
     wanted = cases.attention(theta.double(), phi.double(), g.double())

@@ -1,8 +1,7 @@
 # mypy: ignore-errors
 """Softmax attention by vendor libraries, where their products set the pace.
 
-- bfloat16 and float16, wide heads, many keys: SDPA's fused forward; backward five batched products a chunk of
-  queries (SDPA's fused backward is slow at 256 channels).
+- bfloat16 and float16, wide heads, many keys: SDPA.
 - float32 without TF32: no tensor cores, so cuBLAS's fp32 products, a chunk of queries at a time.
 
 A chunk has a fixed number of rows, so that extra memory grows with M, not with N x M.  All tensors are
@@ -14,6 +13,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -57,26 +57,42 @@ def attention_backward(
     mean: torch.Tensor,
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gradients of query, key and value; sums over chunks are in float32."""
+    """Returns the gradients of query, key and value."""
+    if query.dtype is torch.float32:
+        return _exact_backward(grad_mean, query, key, value, mean, lse)
+    with torch.enable_grad():  # SDPA's backward has no public entry of its own: its forward runs again
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        again = F.scaled_dot_product_attention(*(leaf.unsqueeze(1) for leaf in leaves), scale=1.0).squeeze(1)
+        gquery, gkey, gvalue = torch.autograd.grad(again, leaves, grad_mean)
+    return gquery, gkey, gvalue
+
+
+def _exact_backward(
+    grad_mean: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mean: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, queries, depth = query.shape
     keys, width = value.shape[1:]
-    wide = {} if query.dtype is torch.float32 else {"out_dtype": torch.float32}
     gquery = query.new_empty((batch, queries, depth))
-    gkey = key.new_zeros((batch, keys, depth), dtype=torch.float32)
-    gvalue = value.new_zeros((batch, keys, width), dtype=torch.float32)
+    gkey = key.new_zeros((batch, keys, depth))
+    gvalue = value.new_zeros((batch, keys, width))
     stream = current_stream(query.get_device())
     for chunk in _chunks(queries):
         rows, grads = query[:, chunk], grad_mean[:, chunk]
-        scores = torch.bmm(rows, key.mT, **wide)
+        scores = torch.bmm(rows, key.mT)
         grad_weights = torch.bmm(grads, value.mT)
         weights = torch.empty_like(grad_weights)
         means, sums = mean[:, chunk], lse[:, chunk]
         launch = _gradient_launch(batch, rows.shape[1], queries, keys, width, grads.stride(), means.stride())
         launch(stream, scores, grad_weights, weights, grads, means, sums)
         gquery[:, chunk] = torch.bmm(grad_weights, key)
-        gvalue = torch.baddbmm(gvalue, weights.mT, grads, **wide)
-        gkey = torch.baddbmm(gkey, grad_weights.mT, rows, **wide)
-    return gquery, gkey.to(key.dtype), gvalue.to(value.dtype)
+        gvalue.baddbmm_(weights.mT, grads)
+        gkey.baddbmm_(grad_weights.mT, rows)
+    return gquery, gkey, gvalue
 
 
 def _chunks(queries: int) -> list[slice]:

@@ -97,12 +97,16 @@ def block_forward(
         return z, None
     query, key, value = (x.new_empty(shape) for shape in plan.shapes[:3])
     mean = lse = key_choice = value_choice = None
-    if save:
+    if save and plan.fused:
         mean, lse = x.new_empty(plan.shapes[3]), x.new_empty(plan.shapes[3][:2], dtype=torch.float32)
-        if plan.pooled:
-            key_choice, value_choice = (x.new_empty(shape, dtype=torch.uint8) for shape in plan.shapes[1:3])
+    if save and plan.pooled:
+        key_choice, value_choice = (x.new_empty(shape, dtype=torch.uint8) for shape in plan.shapes[1:3])
     plan.project(stream, x, *weights[:3], *weights[4:7], query, key, value, key_choice, value_choice)
-    plan.attend(stream, query, key, value, weights.out, weights.out_bias, x, z, mean, lse)
+    if plan.fused:
+        plan.attend(stream, query, key, value, weights.out, weights.out_bias, x, z, mean, lse)
+    else:
+        mean, lse = library_core.attention_forward(query, key, value)
+        plan.finish(stream, weights.out, weights.out_bias, x, z, mean)
     return z, Saved(query, key, value, mean, lse, key_choice, value_choice) if save else None
 
 
@@ -157,6 +161,7 @@ class _Forward(NamedTuple):
     shapes: tuple[tuple[int, int, int], ...]  # of query, key, value, mean
     pooled: bool
     library: bool
+    fused: bool
     small: Launch | None  # the whole block in one launch, where nothing is saved
 
 
@@ -223,6 +228,14 @@ def _signature(x, weights, pool):
     )  # fmt: skip
 
 
+def use_fused(width: int, keys: int, dtype: torch.dtype) -> bool:
+    """Says where W_z y in the attention's epilogue pays (measured on an H200).
+
+    With 128 channels or more, and many keys, SDPA's core wins more than the epilogue saves.
+    """
+    return dtype is torch.float32 or chunk(width) < 128 or keys < 512
+
+
 SMALL = Tiles(64, 64, 4, 2)
 
 
@@ -252,13 +265,18 @@ def gemm_tiles(stage: str, columns: int, dtype: torch.dtype, precision: str, poo
         return Gemm(32, 32, 16, 4, 1)
     if dtype is torch.float32:
         return Gemm(64, min(64, chunk(columns)), 32, 4, 2)
-    wide = min(128, chunk(columns))
-    if stage == "contribute":
-        side = max(64, wide)
-        return Gemm(side, side, 64, side // 16, 3)
-    if stage == "project" and pooled and wide == 128:
-        return Gemm(64, wide, 64, 8, 3)  # the largest value so far and its index live beside the sum
-    return Gemm(128, wide, 32, 8, 3) if stage == "spread" and wide == 128 else Gemm(64, wide, 32, 4, 3)
+    if chunk(columns) < 128:
+        narrow = {"spread": Gemm(64, 64, 32, 4, 3), "contribute": Gemm(64, 64, 64, 4, 2)}
+        return narrow.get(stage, Gemm(64, chunk(columns), 64 if stage == "project" else 32, 4, 2))
+    if stage == "project" and pooled:
+        return Gemm(128, 128, 32, 8, 3)  # the largest value so far and its index live beside the sum
+    wide = {
+        "project": Gemm(64, 128, 64, 4, 3),
+        "back": Gemm(128, 128, 32, 4, 3),
+        "spread": Gemm(64, 128, 32, 4, 3),
+        "contribute": Gemm(64, 128, 64, 4, 3),
+    }
+    return wide[stage]
 
 
 def attention_tiles(
@@ -266,6 +284,10 @@ def attention_tiles(
 ) -> tuple[Tiles, int]:
     """Chooses the tiles of the attention, and how many channels of W_z y it makes at a time."""
     tiles = forward_tiles(depth, width, queries, dtype, precision)
+    if dtype is not torch.float32 and max(chunk(depth), chunk(width)) == 128:
+        tiles = Tiles(128, 32, 4, 2)
+    if dtype is not torch.float32 and max(chunk(depth), chunk(width)) == 256:
+        return Tiles(64, 64, 8, 2), 32
     return tiles, 16 if precision == "ieee" else 32 if dtype is torch.float32 else 64
 
 
@@ -333,6 +355,7 @@ def _forward_plan(
     )  # fmt: skip
     shapes = (batch, positions, depth), (batch, keys, depth), (batch, keys, width), (batch, positions, width)
     library = use_library(depth, width, positions, keys, dtype) and geometry.flat and strides[1] == 1
+    fused = use_fused(width, keys, dtype)
     small = None
     if use_small(channels, depth, width, keys, dtype) and not save:
         small = Launch(
@@ -351,7 +374,7 @@ def _forward_plan(
             warps=SMALL.warps,
             stages=SMALL.stages,
         )  # fmt: skip
-    return _Forward(project, attention, finish_rows, shapes, pooled, library, small)
+    return _Forward(project, attention, finish_rows, shapes, pooled, library, fused, small)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -362,8 +362,10 @@ def weight_gradient_kernel(x, grad_z, gquery, gkey, gvalue, key_choice, value_ch
     tiles = tl.cdiv(positions, BLOCK_P)
     first = tl.program_id(1) * per_split
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    inner_sum = tl.zeros([BLOCK_R], tl.float32)
-    channel_sum = tl.zeros([BLOCK_C], tl.float32)
+    # Sums over positions as products with ones: the tiles stay in shared memory.
+    ones = tl.full([BLOCK_P, 16], 1.0, x.dtype.element_ty)
+    inner_sum = tl.zeros([BLOCK_R, 16], tl.float32)
+    channel_sum = tl.zeros([BLOCK_C, 16], tl.float32)
     for step in range(first, tl.minimum(first + per_split, batch * tiles)):
         sample = (step // tiles).to(tl.int64)
         row = step % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -375,8 +377,8 @@ def weight_gradient_kernel(x, grad_z, gquery, gkey, gvalue, key_choice, value_ch
         right = tl.load(where[:, None] + channel.to(tl.int64)[None, :] * wide_c,
                         (row[:, None] < positions) & (channel[None, :] < channels), other=0.0)
         total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
-        inner_sum += tl.sum(left.to(tl.float32), 0)
-        channel_sum += tl.sum(right.to(tl.float32), 0)
+        inner_sum = tl.dot(tl.trans(left), ones, inner_sum, input_precision=PRECISION)
+        channel_sum = tl.dot(tl.trans(right), ones, channel_sum, input_precision=PRECISION)
     matrices = (2 * depth + 2 * width) * channels
     partial += tl.program_id(1).to(tl.int64) * (matrices + 2 * depth + width + channels)
     before = tl.where(is_out, 2 * depth + width, index * depth)
@@ -386,9 +388,9 @@ def weight_gradient_kernel(x, grad_z, gquery, gkey, gvalue, key_choice, value_ch
     sums = partial + matrices + before
     if is_out:
         if pid // channel_tiles == 0:
-            tl.store(sums + channel, channel_sum, channel < channels)
+            tl.store(sums + channel, tl.sum(channel_sum, 1) / 16, channel < channels)
     elif pid % channel_tiles == 0:
-        tl.store(sums + inner, inner_sum, inner < size)
+        tl.store(sums + inner, tl.sum(inner_sum, 1) / 16, inner < size)
 
 
 @triton.jit

@@ -141,12 +141,15 @@ def _channel_constants(depth: int, width: int, precision: str) -> dict[str, int 
 
 
 EXACT = Tiles(32, 16, 4, 1)
+CHUNKED = Tiles(64, 32, 8, 1)  # more than one chunk of channels
 
 
 def forward_tiles(depth: int, width: int, queries: int, dtype: torch.dtype, precision: str) -> Tiles:
     """Chooses the forward tiles (measured on an H200)."""
     if precision == "ieee":
         return EXACT
+    if max(depth, width) > LARGEST_CHUNK[precision]:
+        return CHUNKED
     channels = max(chunk(depth), chunk(width))
     if dtype is torch.float32:
         return Tiles(64, 32, 4, 2) if channels <= 64 else Tiles(64, 32, 8, 1)
@@ -159,6 +162,8 @@ def query_tiles(depth: int, width: int, dtype: torch.dtype, precision: str) -> T
     """Chooses the tiles of the backward pass over queries (measured on an H200)."""
     if precision == "ieee":
         return EXACT
+    if max(depth, width) > LARGEST_CHUNK[precision]:
+        return CHUNKED
     channels = max(chunk(depth), chunk(width))
     if dtype is torch.float32:
         return Tiles(32, 32, 4, 1) if channels <= 128 else Tiles(32, 16, 8, 1)
@@ -169,6 +174,8 @@ def key_tiles(depth: int, width: int, dtype: torch.dtype, precision: str) -> Til
     """Chooses the tiles of the backward pass over keys (measured on an H200)."""
     if precision == "ieee":
         return EXACT
+    if max(depth, width) > LARGEST_CHUNK[precision]:
+        return CHUNKED
     channels = max(chunk(depth), chunk(width))
     if dtype is torch.float32:
         return Tiles(32, 32, 4, 1) if channels <= 128 else Tiles(32, 16, 8, 1)
