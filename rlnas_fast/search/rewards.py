@@ -156,18 +156,22 @@ def weighted_sum(
         terms: further numbers of the measurement by name with their weights, e.g. {"loss": -1.0}.
     """
     terms = dict(terms or {})
+    floor = (
+        -1000.0
+    )  # beyond some 10 million parameters, too: no network that works scores less than a failed one
 
     def score(measurement: Measurement) -> float:
         scale = 1e-6 if efficiency in ("flops", "parameters", "peak_memory_bytes") else 1e3
         cost = _number(measurement, efficiency) * scale
-        return (
+        total = (
             accuracy_weight * _number(measurement, "accuracy")
             + efficiency_weight / (1.0 + cost)
             - complexity_weight * _number(measurement, complexity) / 1e3
             + sum(weight * _number(measurement, name) for name, weight in terms.items())
         )
+        return max(total, floor)
 
-    return PointwiseReward(score, needs=("accuracy", efficiency, complexity, *terms), floor=-1000.0)
+    return PointwiseReward(score, needs=("accuracy", efficiency, complexity, *terms), floor=floor)
 
 
 def constrained(*, limits: Mapping[str, float], scale: float = 100.0, penalty: float = -1000.0) -> Reward:
