@@ -57,6 +57,8 @@ def check(
             got.double(), want, atol=2e-4, rtol=2e-4, msg=lambda m, n=name: f"{seed} {n}: {m}"
         )
     assert bool((found[2][wanted[2] == 0] == 0).all())
+    effective = triton_kernels.effective_weight(weight, mask).double()
+    torch.testing.assert_close(effective, cases.effective_weight(weight, mask, kept), atol=1e-6, rtol=1e-6)
 
 
 if __name__ == "__main__":

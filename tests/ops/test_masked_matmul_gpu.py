@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import masked_matmul_gpu_cases as cases
 from triton_compile import assembler_report, compile_launch
 
-from rlnas_fast.ops.masked_matmul import cuda, triton_kernels
+from rlnas_fast.ops.masked_matmul import TileMask, cuda, effective_weight, masked_matmul, triton_kernels
+from rlnas_fast.ops.masked_matmul.reference import masked_matmul_reference
 from rlnas_fast.ops.masked_matmul.tile_mask import TileTensors
 
 HERE = Path(__file__).parent
@@ -319,11 +320,22 @@ def test_nothing_kept_and_nothing_given() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, (96, (256, 512), (64, 64), 0.5, 0.5, False, "nothing")], ids=str)
+def test_operator_and_its_gradients(case: tuple) -> None:
+    (x, weight, grad_y, bias), mask, _, wanted, plain = make(case, torch.bfloat16)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    y = masked_matmul(*inputs[:2], TileMask.from_tensors(mask), inputs[2])
+    grad_x, grad_weight, _ = torch.autograd.grad(y, inputs, grad_y)
+    for name, got, want, peer in zip(("y", "gx", "gW"), (y, grad_x, grad_weight), wanted, plain, strict=True):
+        close(name, got.detach(), want, peer)
+    effective = triton_kernels.effective_weight(weight.detach(), mask)
+    assert torch.equal(effective == 0, effective_weight(weight.detach(), mask) == 0)
+
+
+@pytest.mark.gpu
 def test_int8_activations_follow_the_rounded_rows() -> None:
     case = (65, (160, 96), (32, 32), 0.7, None, True, "nothing")
     (x, weight, _, bias), mask, _, _, _ = make(case, torch.float32)
     got = triton_kernels.forward(x, weight, mask, bias, True)
-    from rlnas_fast.ops.masked_matmul.reference import masked_matmul_reference
-
     wanted = masked_matmul_reference(x, weight, mask, bias, int8_activations=True)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)  # sums of 96 terms in another order

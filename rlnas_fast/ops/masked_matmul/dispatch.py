@@ -68,7 +68,8 @@ def gpu_product(
         return gpu_backend(function, backend)
     cuda = _module("cuda")
     refuses = getattr(cuda, f"{function}_refusal")
-    if cuda.unavailable_reason() is None and refuses(x, weight, mask, *options) is None:
+    proven = cuda.chosen_by_auto(function, x.shape[0], mask)
+    if proven and cuda.unavailable_reason() is None and refuses(x, weight, mask, *options) is None:
         return cuda
     return gpu_backend(function) if mask.bits is None else None
 

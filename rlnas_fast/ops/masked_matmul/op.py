@@ -184,10 +184,15 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
     module = None
     if backend != "dense":
         module = gpu_product("forward", x, weight, mask, backend, int8_activations)
-    if module is None:
-        return masked_matmul_reference(x, weight, mask, bias, int8_activations=int8_activations).contiguous()
-    y: torch.Tensor = module.forward(x, weight, mask, bias, int8_activations)
-    return y
+    if module is not None:
+        y: torch.Tensor = module.forward(x, weight, mask, bias, int8_activations)
+        return y
+    if int8_activations and mask.payload is not None:
+        return masked_matmul_reference(x, weight, mask, bias, int8_activations=True).contiguous()
+    if mask.input_permutation is not None:
+        x = x[:, mask.input_permutation.long()]
+    y = _scattered(F.linear(x, _gpu_weight(weight, mask)), mask.output_permutation)
+    return y if bias is None else y + bias
 
 
 def _grad_input(grad_y: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -202,7 +207,8 @@ def _grad_input(grad_y: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch
     if module is None:
         if mask.output_permutation is not None:
             grad_y = grad_y[:, mask.output_permutation.long()]
-        return _scattered(grad_y @ effective_weight(weight, mask), mask.input_permutation)
+        plain = effective_weight(weight, mask) if backend == "reference" else _gpu_weight(weight, mask)
+        return _scattered(grad_y @ plain, mask.input_permutation)
     grad_x: torch.Tensor = module.grad_input(grad_y, weight, mask)
     return grad_x
 
@@ -222,6 +228,12 @@ def _grad_weight(grad_y: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Ten
         grad_y.contiguous(), x if x.stride(-1) == 1 else x.contiguous(), mask
     )
     return grad_w
+
+
+def _gpu_weight(weight: torch.Tensor, mask: TileTensors) -> torch.Tensor:
+    """W o M in one pass over the weight."""
+    masked: torch.Tensor = gpu_backend("effective_weight").effective_weight(weight, mask)
+    return masked
 
 
 def _scattered(y: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:

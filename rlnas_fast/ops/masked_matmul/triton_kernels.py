@@ -22,7 +22,7 @@ import triton.language as tl
 from rlnas_fast.ops.masked_matmul.tile_mask import TileTensors
 from rlnas_fast.ops.triton_launch import Launch, current_stream, dot_precision
 
-__all__ = ["Blocks", "forward", "grad_input", "grad_weight", "unavailable_reason"]
+__all__ = ["Blocks", "effective_weight", "forward", "grad_input", "grad_weight", "unavailable_reason"]
 
 
 class Blocks(NamedTuple):
@@ -101,6 +101,20 @@ def grad_weight(
         mask.input_permutation, mask.output_permutation, grad,
     )  # fmt: skip
     return grad
+
+
+def effective_weight(weight: torch.Tensor, mask: TileTensors) -> torch.Tensor:
+    """Computes W o M with int8 tiles dequantised, in weight's dtype: one pass over the weight."""
+    result = torch.empty_like(weight)
+    if result.numel() == 0:
+        return result
+    (N, K), (rows, columns) = mask.shape, mask.tile
+    block = min(2048, triton.next_power_of_2(K))
+    _effective_kernel[(N, triton.cdiv(K, block))](
+        weight, mask.bits, mask.state, mask.payload, mask.scale, result, K, triton.cdiv(K, 32),
+        triton.cdiv(K, columns), TILE_ROWS=rows, TILE_COLUMNS=columns, BLOCK=block,
+    )  # fmt: skip
+    return result
 
 
 def _rounded_rows(x: torch.Tensor) -> torch.Tensor:
@@ -241,6 +255,26 @@ def _kept(bits, rows, columns, words):
     """Reads the bits of weights [rows, columns], given as two tensors that broadcast."""
     word = tl.load(bits + rows.to(tl.int64) * words + columns // 32)
     return (word >> (columns % 32)) & 1
+
+
+@triton.jit
+def _effective_kernel(weight, bits, state, payload, scale, result, columns, words, column_tiles,
+                      TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    place = row.to(tl.int64) * columns + column
+    tile = (row // TILE_ROWS).to(tl.int64) * column_tiles + column // TILE_COLUMNS
+    kind = tl.load(state + tile, inside, other=0)
+    value = tl.load(weight + place, inside, other=0)
+    if payload is not None:
+        integer = tl.load(payload + place, inside & (kind == 2), other=0).to(tl.float32)
+        factor = tl.load(scale + tile, inside & (kind == 2), other=0)
+        value = tl.where(kind == 2, (integer * factor).to(value.dtype), value)
+    kept = kind != 0
+    if bits is not None:
+        kept = kept & (_kept(bits, row, tl.where(inside, column, 0), words) != 0)
+    tl.store(result + place, tl.where(kept, value, tl.zeros_like(value)), inside)
 
 
 @triton.jit
