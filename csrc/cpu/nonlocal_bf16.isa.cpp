@@ -144,25 +144,38 @@ Pair* interleave(HalfRows rows, int64_t count, int64_t columns, float* buffer) {
   return to;
 }
 
-// Panels of pairs of a right operand from float32 weights [depth][columns] or, transposed, [columns][depth].
-RightPairs packed_pairs(const std::vector<float>& weights, int64_t depth, int64_t columns, bool transposed,
-                        std::vector<uint32_t>& buffer) {
-  const int64_t stride = kPanel * depth / 2;
-  buffer.assign(blocks_of(columns, kPanel) * stride, 0);
-  for (int64_t k = 0; k < depth; k++)
-    for (int64_t n = 0; n < columns; n++) {
-      const float w = transposed ? weights[n * depth + k] : weights[k * columns + n];
-      buffer[n / kPanel * stride + k / 2 * kPanel + n % kPanel] |= to_bits(w) >> 16 << (k % 2 ? 16 : 0);
-    }
-  return {reinterpret_cast<const Pair*>(buffer.data()), kPanel, stride};
-}
-
 // Queries in the lanes: panels [panel][channel / 2][kPanel] of pairs.
 RightPairs pair_lanes(HalfRows rows, int64_t count, int64_t channels, float* buffer) {
   const Rows words{reinterpret_cast<float*>(rows.data), rows.ld / 2};
   const Right panels = lanes_from(words, count, channels / 2, buffer);
   return {reinterpret_cast<const Pair*>(panels.data), panels.ld, panels.stride};
 }
+
+void narrow(const float* from, int64_t count, int64_t columns, HalfRows to) {
+  for (int64_t n = 0; n < count; n++)
+    for (int64_t c = 0; c < columns; c += kWidth) {
+      const int64_t some = std::min<int64_t>(kWidth, columns - c);
+      _mm256_mask_storeu_epi16(to.at(n) + c, lanes_mask(some), narrowed(load_some(from + n * columns + c, some)));
+    }
+}
+
+// Pairs of a right operand from float32 weights [depth][columns] or, transposed, [columns][depth].
+class WeightPairs {
+ public:
+  WeightPairs(const std::vector<float>& weights, int64_t depth, int64_t columns, bool transposed)
+      : halves_(weights.size()), pairs_(blocks_of(columns, kPanel) * kPanel * depth / 2) {
+    const HalfRows rows{halves_.data(), transposed ? depth : columns};
+    narrow(weights.data(), transposed ? columns : depth, rows.ld, rows);
+    right_ = transposed ? pair_lanes(rows, columns, depth, pairs_.data())
+                        : plain(interleave(rows, depth, columns, pairs_.data()), columns);
+  }
+  RightPairs right() const { return right_; }
+
+ private:
+  std::vector<Half> halves_;
+  std::vector<float> pairs_;
+  RightPairs right_;
+};
 
 HalfRows half_rows(const Image& image) { return {image.row<Half>(0), image.step()}; }
 
@@ -249,14 +262,6 @@ void add_half_columns(HalfRows rows, int64_t count, int64_t columns, float* tota
   }
 }
 
-void narrow(const float* from, int64_t count, int64_t columns, HalfRows to) {
-  for (int64_t n = 0; n < count; n++)
-    for (int64_t c = 0; c < columns; c += kWidth) {
-      const int64_t some = std::min<int64_t>(kWidth, columns - c);
-      _mm256_mask_storeu_epi16(to.at(n) + c, lanes_mask(some), narrowed(load_some(from + n * columns + c, some)));
-    }
-}
-
 // Saved buffers hold bfloat16 in the first half of their float32 room.
 HalfRows saved_rows(float* data, int64_t b, int64_t N, int64_t columns) {
   return {reinterpret_cast<Half*>(data) + b * N * columns, columns};
@@ -277,9 +282,7 @@ void bf16_block_forward(const BlockShape& shape, const BlockWeights& given, cons
                         const BlockSaved& saved) {
   const Block k(shape, given);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N;
-  std::vector<uint32_t> project_buffer, out_buffer;
-  const RightPairs project = packed_pairs(k.projection, C, L, true, project_buffer);
-  const RightPairs output = packed_pairs(k.out, E, C, true, out_buffer);
+  const WeightPairs project(k.projection, C, L, true), output(k.out, E, C, true);
   const float *bias = k.has_bias ? k.bias.data() : nullptr, *out_bias = k.has_bias ? k.out_bias.data() : nullptr;
 #pragma omp parallel for num_threads(shape.threads) schedule(dynamic, 1)
   for (int64_t b = 0; b < shape.batch; b++) {
@@ -288,14 +291,14 @@ void bf16_block_forward(const BlockShape& shape, const BlockWeights& given, cons
                                             : HalfRows{reinterpret_cast<Half*>(scratch<kFree>(N * L)), L};
     const HalfRows means = saved.attention ? saved_rows(saved.attention, b, N, E)
                                            : HalfRows{reinterpret_cast<Half*>(scratch<kOut>(N * E)), E};
-    pair_gemm<Order::row_major>(N, L, C / 2, left_of(from), project, {nullptr, rows.data, L, false, nullptr, 0, bias});
+    pair_gemm<Order::row_major>(N, L, C / 2, left_of(from), project.right(), {nullptr, rows.data, L, false, nullptr, 0, bias});
     const Pair* values = interleave({rows.data + 2 * D, L}, N, E, scratch<kFree + 1>((N + 1) / 2 * E));
     for (int64_t i = 0; i < N; i += kForwardTile) {
       const int64_t count = std::min(kForwardTile, N - i);
       attend_pairs({rows.at(i), L}, count, D, E, {rows.data + D, L}, N, values, {means.at(i), E},
                    saved.lse ? saved.lse + b * N + i : nullptr);
       pair_gemm<Order::row_major>(
-          count, C, E / 2, left(means.at(i), E), output,
+          count, C, E / 2, left(means.at(i), E), output.right(),
           {nullptr, to.at(i), to.ld, false, shape.residual ? from.at(i) : nullptr, from.ld, out_bias});
     }
   }
@@ -305,9 +308,7 @@ void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, con
                          const BlockSaved& saved, const View& grad_x, const BlockGradients& gradients) {
   const Block k(shape, given);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N;
-  std::vector<uint32_t> project_buffer, out_buffer;
-  const RightPairs project_back = packed_pairs(k.projection, L, C, false, project_buffer);
-  const RightPairs output_back = packed_pairs(k.out, C, E, false, out_buffer);
+  const WeightPairs project_back(k.projection, L, C, false), output_back(k.out, C, E, false);
   WeightSums sums(k, shape.threads);
 #pragma omp parallel num_threads(shape.threads)
   {
@@ -327,7 +328,7 @@ void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, con
       std::memset(grad_key, 0, sizeof(float) * N * (D + E));
       const int64_t pairs = (N + 1) / 2;
       const Pair* keys = interleave({rows.data + D, L}, N, D, scratch<kFree + 2>(pairs * (D + C + L)));
-      pair_gemm<Order::row_major>(N, E, C / 2, left_of(grad), output_back, {nullptr, grad_means.data, E});
+      pair_gemm<Order::row_major>(N, E, C / 2, left_of(grad), output_back.right(), {nullptr, grad_means.data, E});
       for (int64_t i = 0; i < N; i += kBackwardTile)
         attend_backward_pairs({rows.at(i), L}, {grad_means.at(i), E}, saved.lse + b * N + i,
                               std::min(kBackwardTile, N - i), D, E, {rows.data + D, L}, {rows.data + 2 * D, L}, N,
@@ -335,7 +336,7 @@ void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, con
       narrow(grad_key, N, D, {grads.data + D, L});
       narrow(grad_value, N, E, {grads.data + 2 * D, L});
       pair_gemm<Order::row_major>(
-          N, C, L / 2, left_of(grads), project_back,
+          N, C, L / 2, left_of(grads), project_back.right(),
           {nullptr, to.data, to.ld, false, shape.residual ? grad.data : nullptr, grad.ld});
       float* buffer = scratch<kFree + 2>(pairs * (D + C + L));
       const Pair* x_pairs = interleave(from, N, C, buffer);
