@@ -250,7 +250,7 @@ def use_library(depth: int, width: int, queries: int, keys: int, dtype: torch.dt
 
 
 class Gemm(NamedTuple):
-    """How a product is cut: the tile of the result that a program owns, the part of the sum taken at a time."""
+    """How a product is cut: the tile a program owns, and the part of the sum it takes at a time."""
 
     rows: int
     columns: int
