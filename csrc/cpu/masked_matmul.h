@@ -95,7 +95,6 @@ RLNAS_DECLARE(void multiply_rows(const Matrix& x, int64_t out, const Rows& rows,
 RLNAS_DECLARE(void sample_rows(const Matrix& grad_y, const Matrix& x, const Weight& weight, const Rows& rows,
                                const int32_t* output_permutation, const int32_t* input_permutation,
                                void* grad_w, float* scratch, int threads))
-RLNAS_DECLARE(int64_t panel_floats(int64_t in))
 RLNAS_DECLARE(void pack_int8(const Weight& weight, int8_t* packed, int32_t* corrections, int threads))
 RLNAS_DECLARE(void multiply_int8(const Matrix& x, const Weight& weight, const int8_t* packed,
                                  const int32_t* corrections, const int32_t* input_permutation,

@@ -305,25 +305,27 @@ void multiply_panels(const Matrix& x, int64_t out, const Rows& rows, const int32
   }
 }
 
-// Dots of kLanes nonzeros of one row with a panel, as one vector.
+template <int V>
+inline Vector dot_lanes(const Vector* left, const float* right) {
+  Vector even = left[0] * load(right), odd = Vector{};
+#pragma GCC unroll 8
+  for (int v = 1; v < V; ++v) (v & 1 ? odd : even) += left[v] * load(right + v * kLanes);
+  return even + odd;
+}
+
+// Dots of at most kLanes nonzeros of one row with a panel, as one vector.
 template <int V>
 inline Vector sample_lanes(const Vector* left, const float* panel, const uint16_t* indices, int count) {
   Vector dots[kLanes];
-  for (int j = 0; j < kLanes; ++j) {
-    dots[j] = Vector{};
-    if (j >= count) continue;
-    const float* right = panel + static_cast<int64_t>(indices[j]) * V * kLanes;
-    Vector even = left[0] * load(right), odd = Vector{};
-#pragma GCC unroll 8
-    for (int v = 1; v < V; ++v) {
-      if (v & 1)
-        odd += left[v] * load(right + v * kLanes);
-      else
-        even += left[v] * load(right + v * kLanes);
-    }
-    dots[j] = even + odd;
+  const auto right = [&](int j) { return panel + static_cast<int64_t>(indices[j]) * V * kLanes; };
+  if (count == kLanes) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) dots[j] = dot_lanes<V>(left, right(j));
+  } else {
+    for (int j = 0; j < kLanes; ++j) dots[j] = j < count ? dot_lanes<V>(left, right(j)) : Vector{};
   }
   transpose(dots);
+#pragma GCC unroll 4
   for (int half = kLanes / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) dots[i] += dots[i + half];
   return dots[0];
@@ -331,7 +333,7 @@ inline Vector sample_lanes(const Vector* left, const float* panel, const uint16_
 
 template <int V, class T>
 void sample_panels(const Matrix& grad_y, const Matrix& x, const Rows& rows, const int32_t* output_permutation,
-                   const int32_t* input_permutation, T* grad_w, float* scratch, int threads) {
+                   const int32_t* input_permutation, T* grad_w, float* scratch, int64_t parts, int threads) {
   constexpr int64_t kStep = 128;
   const int64_t wide = V * kLanes, panels = (x.rows + wide - 1) / wide;
   const int64_t out = grad_y.cols, in = x.cols;
@@ -351,24 +353,33 @@ void sample_panels(const Matrix& grad_y, const Matrix& x, const Rows& rows, cons
       for (int64_t s = 0; s < out_slices; ++s)
         transpose_panel<T>(grad_y, p * wide, V, s * kStep, std::min(out, (s + 1) * kStep), output_permutation,
                            left + p * wide * out);
-    for (int64_t p = 0; p < panels; ++p) {
-#pragma omp for schedule(static)
-      for (int64_t n = 0; n < out; ++n) {
-        Vector g[V];
-        for (int v = 0; v < V; ++v) g[v] = load(left + (p * out + n) * wide + v * kLanes);
-        const int32_t end = rows.start[n + 1];
-        for (int32_t t = rows.start[n]; t < end; t += kLanes) {
-          const int count = std::min(kLanes, end - t);
-          Vector dots = sample_lanes<V>(g, right + p * in * wide, rows.indices + t, count);
-          if (count == kLanes) {
-            if (p) dots += load(values + t);
-            store(values + t, dots);
-          } else {
-            for (int j = 0; j < count; ++j) values[t + j] = (p ? values[t + j] : 0.0f) + dots[j];
+    // One part of a panel of x at a time stays in the second-level cache.  A row of the weight is always the
+    // same thread's, so threads need not wait for each other.
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t part = 0; part < parts; ++part) {
+#pragma omp for schedule(static) nowait
+        for (int64_t n = 0; n < out; ++n) {
+          Vector g[V];
+          for (int v = 0; v < V; ++v) g[v] = load(left + (p * out + n) * wide + v * kLanes);
+          const uint16_t* const first = rows.indices + rows.start[n];
+          const uint16_t* const last = rows.indices + rows.start[n + 1];
+          const auto border = [&](int64_t of) {
+            return of == parts ? last : std::lower_bound(first, last, static_cast<uint16_t>(in * of / parts));
+          };
+          const int32_t end = static_cast<int32_t>(border(part + 1) - rows.indices);
+          for (int32_t t = static_cast<int32_t>((part ? border(part) : first) - rows.indices); t < end;
+               t += kLanes) {
+            const int count = std::min(kLanes, end - t);
+            Vector dots = sample_lanes<V>(g, right + p * in * wide, rows.indices + t, count);
+            if (count == kLanes) {
+              if (p) dots += load(values + t);
+              store(values + t, dots);
+            } else {
+              for (int j = 0; j < count; ++j) values[t + j] = (p ? values[t + j] : 0.0f) + dots[j];
+            }
           }
         }
       }
-    }
 #pragma omp for schedule(static) nowait
     for (int64_t n = 0; n < out; ++n) {
       T* row = grad_w + n * in;
@@ -381,8 +392,6 @@ void sample_panels(const Matrix& grad_y, const Matrix& x, const Rows& rows, cons
 }
 
 }  // namespace
-
-int64_t panel_floats(int64_t in) { return kLanes * std::max(panel_vectors(in), 8); }
 
 void pack_rows(const Weight& weight, bool transposed, const Rows& rows, int threads) {
   with_type(weight.dtype, [&](auto* type) {
@@ -413,13 +422,22 @@ void sample_rows(const Matrix& grad_y, const Matrix& x, const Weight& weight, co
   with_type(weight.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* gw = static_cast<T*>(grad_w);
-    const int64_t fit = (int64_t{1} << 18) / std::max<int64_t>(1, x.cols * kLanes);
-    if (fit >= 12 && x.rows > 4 * kLanes)
-      sample_panels<8, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, threads);
-    else if (fit >= 4 && x.rows > 2 * kLanes)
-      sample_panels<4, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, threads);
+    const Direction d = direction_of(weight, false);
+    bool sorted = true;  // int8 tiles come after keep tiles, so rows that have both are not
+    for (int64_t i = 0; i < d.tiles_out; ++i) sorted = sorted && !d.count[2 * i + 1];
+    constexpr int64_t kCacheFloats = int64_t{1} << 17;
+    const auto parts = [&](int vectors) {
+      return sorted ? std::max<int64_t>(1, (x.cols * vectors * kLanes + kCacheFloats - 1) / kCacheFloats) : 1;
+    };
+    if (x.rows > 4 * kLanes)
+      sample_panels<8, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, parts(8),
+                          threads);
+    else if (x.rows > 2 * kLanes)
+      sample_panels<4, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, parts(4),
+                          threads);
     else
-      sample_panels<2, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, threads);
+      sample_panels<2, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, parts(2),
+                          threads);
   });
 }
 

@@ -120,6 +120,11 @@ def test_every_height_of_panel(kernel, batch):
     check_all(kernel, make_mask("bits", 40, 300, (32, 32)), batch, torch.float32)
 
 
+@pytest.mark.parametrize("kind", ["bits", "int8"])
+def test_panels_larger_than_a_cache(kind):
+    check_all("rows", make_mask(kind, 24, 2100, (16, 32)), 130, torch.float32)
+
+
 @pytest.mark.parametrize("kernel", ["tiles", "rows"])
 def test_long_sums_stay_accurate(kernel):
     mask = TileMask((32, 4096))
