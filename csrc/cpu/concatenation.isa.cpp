@@ -38,8 +38,8 @@ Rows rows_of(const float* data, int64_t ld) { return {const_cast<float*>(data), 
 
 }  // namespace
 
-void concatenation_sweep(const SweepShape& shape, const float* query, const float* key, const float* value, float* out,
-                         const float* weight, float* slope) {
+void concatenation_sweep(const SweepShape& shape, const float* query, const float* key, const float* value,
+                         float* out, const float* weight, float* slope) {
   const int64_t N = shape.queries, M = shape.keys, E = shape.channels;
   std::vector<float> slopes;
   over_images(shape.batch, shape.threads, true, [&](int64_t b, bool team) {
@@ -73,8 +73,12 @@ void concatenation_forward(const BlockShape& shape, const BlockWeights& weights,
         shared_means.resize(saved.attention ? 0 : N * E);
       }
     }
-    float* rows = saved.projections ? saved.projections + b * N * L : team ? shared_rows.data() : scratch<kFree>(N * L);
-    float* means = saved.attention ? saved.attention + b * N * E : team ? shared_means.data() : scratch<kOut>(N * E);
+    float* rows = saved.projections ? saved.projections + b * N * L
+                  : team            ? shared_rows.data()
+                                    : scratch<kFree>(N * L);
+    float* means = saved.attention ? saved.attention + b * N * E
+                   : team          ? shared_means.data()
+                                   : scratch<kOut>(N * E);
     share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, N);
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * C));
@@ -103,8 +107,9 @@ void concatenation_forward(const BlockShape& shape, const BlockWeights& weights,
   });
 }
 
-void concatenation_backward(const BlockShape& shape, const BlockWeights& weights, const View& x, const View& grad_z,
-                            const BlockSaved& saved, const View& grad_x, const BlockGradients& gradients) {
+void concatenation_backward(const BlockShape& shape, const BlockWeights& weights, const View& x,
+                            const View& grad_z, const BlockSaved& saved, const View& grad_x,
+                            const BlockGradients& gradients) {
   const Block k(shape, weights);
   const int64_t C = k.C, E = k.E, L = k.L, N = k.N;
   std::vector<float> projection_panels, out_panels, shared_grads, shared_means, slopes;
@@ -112,7 +117,8 @@ void concatenation_backward(const BlockShape& shape, const BlockWeights& weights
   const Right output_back = packed(k.out.data(), C, E, false, out_panels);
   WeightSums sums(k, shape.threads);
   over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
-    const Image image(x, b, C, shape.space), upstream(grad_z, b, C, shape.space), result(grad_x, b, C, shape.space);
+    const Image image(x, b, C, shape.space), upstream(grad_z, b, C, shape.space),
+        result(grad_x, b, C, shape.space);
     const int thread = omp_get_thread_num();
     float *rows = saved.projections + b * N * L, *means = saved.attention + b * N * E;
     if (team) {
@@ -127,15 +133,18 @@ void concatenation_backward(const BlockShape& shape, const BlockWeights& weights
     share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, N);
       const Rows grad = upstream.load(r.first, r.last, scratch<kGradZ>(kRowBlock * C));
-      gemm<Order::row_major>(r.count(), E, C, {grad.data, grad.ld}, output_back, {grad_means + r.first * E, E});
+      gemm<Order::row_major>(r.count(), E, C, {grad.data, grad.ld}, output_back,
+                             {grad_means + r.first * E, E});
     });
     static thread_local Rising queries, keys;
     queries.sort({rows, L}, N);
     keys.sort({rows + 1, L}, N);
     const double scale = 1.0 / static_cast<double>(N);
     // Queries and keys change places for the gradients of g and b.
-    Sweep to_keys{scale, {rows + 1, L}, {rows, L}, {grad_means, E}, {grads + 2, L}, {rows + 2, L}, {grads + 1, L}};
-    Sweep to_queries{scale, {rows, L}, {rows + 1, L}, {rows + 2, L}, {nullptr, 0}, {grad_means, E}, {grads, L}};
+    Sweep to_keys{scale,          {rows + 1, L}, {rows, L},     {grad_means, E},
+                  {grads + 2, L}, {rows + 2, L}, {grads + 1, L}};
+    Sweep to_queries{scale,        {rows, L},       {rows + 1, L}, {rows + 2, L},
+                     {nullptr, 0}, {grad_means, E}, {grads, L}};
     shared_sweep(team, to_keys, E, keys, queries, slopes);
     shared_sweep(team, to_queries, E, queries, keys, slopes);
     share(team, blocks_of(N, kRowBlock), [&](int64_t block) {

@@ -1,5 +1,5 @@
-// ReLU(a_i + b_j) is linear in a_i once it is known which keys are active.  Keys in falling and queries in rising
-// order meet in one sweep: each key joins two running sums once, and no N x M or N x E table is kept.
+// ReLU(a_i + b_j) is linear in a_i once it is known which keys are active.  Keys in falling and queries in
+// rising order meet in one sweep: each key joins two running sums once, and no N x M or N x E table is kept.
 // A tie is inactive, as ReLU's derivative at 0 is 0 in PyTorch.
 // Included by *.isa.cpp only.
 #pragma once
@@ -57,8 +57,9 @@ class Rising {
 struct Sweep {
   double scale;
   Column query, key;
-  Rows value;             // [keys][channels]
-  Rows out{nullptr, 0};   // [queries][channels] = scale * sum_j ReLU(query_i + key_j) value_j; null: not wanted
+  Rows value;  // [keys][channels]
+  Rows out{nullptr,
+           0};  // [queries][channels] = scale * sum_j ReLU(query_i + key_j) value_j; null: not wanted
   Rows weight{nullptr, 0};  // with it slope_i = scale * weight_i . sum over active j of value_j
   Column slope{nullptr, 0};
 };
@@ -67,7 +68,7 @@ struct Sweep {
 void sweep(const Sweep& job, const Rising& queries, const Rising& keys, int64_t first, int64_t last) {
   const int64_t width = last - first;
   std::vector<double> sums(2 * width, 0.0);
-  double *__restrict plain = sums.data(), *__restrict scaled = plain + width;
+  double* __restrict plain = sums.data(), * __restrict scaled = plain + width;
   int64_t active = 0;
   for (int64_t rank = 0; rank < queries.count(); rank++) {
     const int64_t i = queries[rank];

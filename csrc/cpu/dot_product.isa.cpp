@@ -1,5 +1,5 @@
-// The dot-product block by reassociation: z = x + theta (W_z P)^T with P = sum_j g_j phi_j^T / M, O(N C C') and
-// nothing of size N x M.
+// The dot-product block by reassociation: z = x + theta (W_z P)^T with P = sum_j g_j phi_j^T / M, O(N C C')
+// and nothing of size N x M.
 #include "cpu/nonlocal_block.h"
 
 namespace rlnas::RLNAS_ISA {
@@ -53,10 +53,12 @@ void dot_product_forward(const BlockShape& shape, const BlockWeights& weights, c
                   : team            ? shared.rows.data()
                                     : scratch<kFree>(k.N * L);
     float* pooled = !k.pools() ? nullptr : team ? shared.keys.data() : scratch<kFree + 1>(k.M * width);
-    uint8_t* winners = saved.winners         ? saved.winners + b * k.M * width
+    uint8_t* winners = saved.winners        ? saved.winners + b * k.M * width
                        : team || !k.pools() ? shared.winners.data()
-                                             : reinterpret_cast<uint8_t*>(scratch<kFree + 2>(k.M * width));
-    float* small = saved.attention ? saved.attention + b * E * D : team ? shared.small.data() : scratch<kOut>(E * D);
+                                            : reinterpret_cast<uint8_t*>(scratch<kFree + 2>(k.M * width));
+    float* small = saved.attention ? saved.attention + b * E * D
+                   : team          ? shared.small.data()
+                                   : scratch<kOut>(E * D);
     float* mixed = team ? shared.mixed.data() : scratch<kLogits>(D * C);
     share(team, blocks_of(k.N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, k.N);
@@ -68,8 +70,8 @@ void dot_product_forward(const BlockShape& shape, const BlockWeights& weights, c
       share(team, blocks_of(k.M, kRowBlock),
             [&](int64_t block) { k.pool_keys(Range(block, kRowBlock, k.M), rows, pooled, winners); });
     const KeyValue keys = k.keys_of(rows, pooled);
-    shared_gemm<Order::depth_major>(team, E, D, k.M, {keys.value.data, keys.value.ld}, {keys.key.data, keys.key.ld},
-                                    {small, D, nullptr, 0, scale.data()});
+    shared_gemm<Order::depth_major>(team, E, D, k.M, {keys.value.data, keys.value.ld},
+                                    {keys.key.data, keys.key.ld}, {small, D, nullptr, 0, scale.data()});
     shared_gemm<Order::depth_major>(team, D, C, E, {small, D}, output, {mixed, C});
     share(team, blocks_of(k.N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, k.N);
@@ -87,8 +89,9 @@ void dot_product_forward(const BlockShape& shape, const BlockWeights& weights, c
   });
 }
 
-void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, const View& x, const View& grad_z,
-                          const BlockSaved& saved, const View& grad_x, const BlockGradients& gradients) {
+void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, const View& x,
+                          const View& grad_z, const BlockSaved& saved, const View& grad_x,
+                          const BlockGradients& gradients) {
   const Block k(shape, weights);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
   std::vector<float> projection_panels, out_panels;
@@ -98,7 +101,8 @@ void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, 
   WeightSums sums(k, shape.threads);
   SharedBuffers shared;
   over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
-    const Image image(x, b, C, shape.space), upstream(grad_z, b, C, shape.space), result(grad_x, b, C, shape.space);
+    const Image image(x, b, C, shape.space), upstream(grad_z, b, C, shape.space),
+        result(grad_x, b, C, shape.space);
     const int thread = omp_get_thread_num();
     float *rows = saved.projections + b * N * L, *small = saved.attention + b * E * D;
     const uint8_t* winners = k.pools() ? saved.winners + b * M * width : nullptr;
@@ -136,11 +140,13 @@ void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, 
       if (which == 1) transpose(grad_mixed, C, D, C, grad_mixed_turned, D);
       if (which == 2) transpose(small, D, E, D, small_turned, E);
     });
-    shared_gemm<Order::depth_major>(team, E, D, C, {k.out.data(), E}, {grad_mixed_turned, D}, {grad_small, D});
+    shared_gemm<Order::depth_major>(team, E, D, C, {k.out.data(), E}, {grad_mixed_turned, D},
+                                    {grad_small, D});
     share(team, blocks_of(C, kOutputRows), [&](int64_t block) {
       const Range r(block, kOutputRows, C);
       float* out = sums.out(thread) + r.first * E;
-      gemm<Order::depth_major>(r.count(), E, D, {grad_mixed + r.first, C}, {small_turned, E}, {out, E, out, E});
+      gemm<Order::depth_major>(r.count(), E, D, {grad_mixed + r.first, C}, {small_turned, E},
+                               {out, E, out, E});
     });
     share(team, 1, [&](int64_t) { transpose(grad_small, D, E, D, grad_small_turned, E); });
     // Gradients of the projections.
@@ -168,8 +174,9 @@ void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, 
                              {here.data, L});
       sums.add(thread, r.count(), from, upstream_rows, {nullptr, 0}, here);
       const Rows to = result.target(r.first, scratch<kOut>(kRowBlock * C));
-      gemm<Order::row_major>(r.count(), C, L, {here.data, L}, project_back,
-                             {to.data, to.ld, shape.residual ? upstream_rows.data : nullptr, upstream_rows.ld});
+      gemm<Order::row_major>(
+          r.count(), C, L, {here.data, L}, project_back,
+          {to.data, to.ld, shape.residual ? upstream_rows.data : nullptr, upstream_rows.ld});
       result.finish(r.first, r.last, to);
     });
   });

@@ -34,8 +34,8 @@ struct Out {
 };
 
 template <int R, int V, Order order, bool tail>
-static __attribute__((noinline)) void tile(int64_t depth, Left a, const float* __restrict b, int64_t ldb, Out c,
-                                           int64_t last) {
+static __attribute__((noinline)) void tile(int64_t depth, Left a, const float* __restrict b, int64_t ldb,
+                                           Out c, int64_t last) {
   Vec sums[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
@@ -80,7 +80,8 @@ static __attribute__((noinline)) void tile(int64_t depth, Left a, const float* _
 }
 
 template <int V, Order order, bool tail, int R = kRows>
-RLNAS_INLINE void tile_of(int64_t rows, int64_t depth, Left a, const float* b, int64_t ldb, Out c, int64_t last) {
+RLNAS_INLINE void tile_of(int64_t rows, int64_t depth, Left a, const float* b, int64_t ldb, Out c,
+                          int64_t last) {
   if constexpr (R > 0) {
     if (rows == R)
       tile<R, V, order, tail>(depth, a, b, ldb, c, last);

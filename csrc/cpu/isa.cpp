@@ -55,7 +55,8 @@ void set_isa(const std::string& name) {
     }
     usable += ", " + isa_name(isa);
   }
-  throw std::invalid_argument("instruction set '" + name + "' is not usable here; choose one of: auto" + usable);
+  throw std::invalid_argument("instruction set '" + name + "' is not usable here; choose one of: auto" +
+                              usable);
 }
 
 }  // namespace rlnas

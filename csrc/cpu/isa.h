@@ -6,7 +6,8 @@
 
 namespace rlnas {
 
-// Ordered: each level includes the ones before it.  avx512_bf16 also has VNNI (every CPU with the former has both).
+// Ordered: each level includes the ones before it.  avx512_bf16 also has VNNI (every CPU with the former has
+// both).
 enum class Isa { plain, avx2, avx512, avx512_bf16 };
 
 Isa active_isa();
@@ -19,11 +20,19 @@ void set_isa(const std::string& name);  // "auto" or a usable one; throws std::i
 // Declares a kernel for every instruction set: RLNAS_DECLARE(void f(const float* x));
 // Calls the active one: RLNAS_DISPATCH(f, x).
 #ifdef RLNAS_X86
-#define RLNAS_DECLARE(...)                     \
-  namespace plain { __VA_ARGS__; }             \
-  namespace avx2 { __VA_ARGS__; }              \
-  namespace avx512 { __VA_ARGS__; }            \
-  namespace avx512_bf16 { __VA_ARGS__; }
+#define RLNAS_DECLARE(...) \
+  namespace plain {        \
+  __VA_ARGS__;             \
+  }                        \
+  namespace avx2 {         \
+  __VA_ARGS__;             \
+  }                        \
+  namespace avx512 {       \
+  __VA_ARGS__;             \
+  }                        \
+  namespace avx512_bf16 {  \
+  __VA_ARGS__;             \
+  }
 #define RLNAS_DISPATCH(function, ...)                                                     \
   [&] {                                                                                   \
     switch (::rlnas::active_isa()) {                                                      \
@@ -35,6 +44,8 @@ void set_isa(const std::string& name);  // "auto" or a usable one; throws std::i
   }()
 #else
 #define RLNAS_DECLARE(...) \
-  namespace plain { __VA_ARGS__; }
+  namespace plain {        \
+  __VA_ARGS__;             \
+  }
 #define RLNAS_DISPATCH(function, ...) ::rlnas::plain::function(__VA_ARGS__)
 #endif

@@ -56,22 +56,24 @@ void register_nonlocal_attention(py::module_& module) {
   module.def(
       "nonlocal_block_forward",
       [](int kind, std::array<int64_t, 4> sizes, std::array<int64_t, 3> space, std::array<int64_t, 3> pool,
-         bool residual, bool deterministic, int threads, int dtype, const Pointers8& weights, Pointer x, Strides x_strides, Pointer z,
-         Strides z_strides, const Pointers4& saved) {
+         bool residual, bool deterministic, int threads, int dtype, const Pointers8& weights, Pointer x,
+         Strides x_strides, Pointer z, Strides z_strides, const Pointers4& saved) {
         const py::gil_scoped_release release;
         const BlockShape shape = block_shape(sizes, space, pool, residual, deterministic, threads);
         const BlockWeights given = block_weights(dtype, weights);
         const View from = view(x, dtype, x_strides), to = view(z, dtype, z_strides);
         if (kind == kSoftmax) RLNAS_DISPATCH(block_forward, shape, given, from, to, block_saved(saved));
-        if (kind == kDotProduct) RLNAS_DISPATCH(dot_product_forward, shape, given, from, to, block_saved(saved));
-        if (kind == kConcatenation) RLNAS_DISPATCH(concatenation_forward, shape, given, from, to, block_saved(saved));
+        if (kind == kDotProduct)
+          RLNAS_DISPATCH(dot_product_forward, shape, given, from, to, block_saved(saved));
+        if (kind == kConcatenation)
+          RLNAS_DISPATCH(concatenation_forward, shape, given, from, to, block_saved(saved));
       });
   module.def(
       "nonlocal_block_backward",
       [](int kind, std::array<int64_t, 4> sizes, std::array<int64_t, 3> space, std::array<int64_t, 3> pool,
-         bool residual, bool deterministic, int threads, int dtype, const Pointers8& weights, Pointer x, Strides x_strides,
-         Pointer grad_z, Strides grad_z_strides, const Pointers4& saved, Pointer grad_x, Strides grad_x_strides,
-         const Pointers8& gradients) {
+         bool residual, bool deterministic, int threads, int dtype, const Pointers8& weights, Pointer x,
+         Strides x_strides, Pointer grad_z, Strides grad_z_strides, const Pointers4& saved, Pointer grad_x,
+         Strides grad_x_strides, const Pointers8& gradients) {
         const py::gil_scoped_release release;
         const BlockShape shape = block_shape(sizes, space, pool, residual, deterministic, threads);
         const auto at = [&](int i) { return reinterpret_cast<float*>(gradients[i]); };
@@ -81,25 +83,28 @@ void register_nonlocal_attention(py::module_& module) {
         const BlockGradients into{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
         const BlockSaved kept = block_saved(saved);
         if (kind == kSoftmax) RLNAS_DISPATCH(block_backward, shape, given, from, upstream, kept, to, into);
-        if (kind == kDotProduct) RLNAS_DISPATCH(dot_product_backward, shape, given, from, upstream, kept, to, into);
+        if (kind == kDotProduct)
+          RLNAS_DISPATCH(dot_product_backward, shape, given, from, upstream, kept, to, into);
         if (kind == kConcatenation)
           RLNAS_DISPATCH(concatenation_backward, shape, given, from, upstream, kept, to, into);
       });
-  module.def("nonlocal_attention_forward",
-             [](std::array<int64_t, 5> sizes, bool deterministic, int threads, int dtype,
-                const std::array<Pointer, 4>& data, const std::array<std::array<int64_t, 3>, 4>& strides, Pointer lse) {
-               const py::gil_scoped_release release;
-               const AttentionShape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], deterministic, threads};
-               const auto at = [&](int i) { return line(data[i], dtype, strides[i]); };
-               RLNAS_DISPATCH(attention_forward, shape, at(0), at(1), at(2), at(3), reinterpret_cast<float*>(lse));
-             });
-  module.def("nonlocal_attention_backward",
-             [](std::array<int64_t, 5> sizes, bool deterministic, int threads, int dtype,
-                const std::array<Pointer, 8>& data, const std::array<std::array<int64_t, 3>, 8>& strides, Pointer lse) {
-               const py::gil_scoped_release release;
-               const AttentionShape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], deterministic, threads};
-               const auto at = [&](int i) { return line(data[i], dtype, strides[i]); };
-               RLNAS_DISPATCH(attention_backward, shape, at(0), at(1), at(2), at(3),
-                              reinterpret_cast<const float*>(lse), at(4), at(5), at(6), at(7));
-             });
+  module.def(
+      "nonlocal_attention_forward", [](std::array<int64_t, 5> sizes, bool deterministic, int threads,
+                                       int dtype, const std::array<Pointer, 4>& data,
+                                       const std::array<std::array<int64_t, 3>, 4>& strides, Pointer lse) {
+        const py::gil_scoped_release release;
+        const AttentionShape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], deterministic, threads};
+        const auto at = [&](int i) { return line(data[i], dtype, strides[i]); };
+        RLNAS_DISPATCH(attention_forward, shape, at(0), at(1), at(2), at(3), reinterpret_cast<float*>(lse));
+      });
+  module.def(
+      "nonlocal_attention_backward", [](std::array<int64_t, 5> sizes, bool deterministic, int threads,
+                                        int dtype, const std::array<Pointer, 8>& data,
+                                        const std::array<std::array<int64_t, 3>, 8>& strides, Pointer lse) {
+        const py::gil_scoped_release release;
+        const AttentionShape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], deterministic, threads};
+        const auto at = [&](int i) { return line(data[i], dtype, strides[i]); };
+        RLNAS_DISPATCH(attention_backward, shape, at(0), at(1), at(2), at(3),
+                       reinterpret_cast<const float*>(lse), at(4), at(5), at(6), at(7));
+      });
 }

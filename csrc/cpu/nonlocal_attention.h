@@ -32,9 +32,9 @@ struct BlockWeights {
   const void *theta_bias, *phi_bias, *g_bias, *out_bias;
 };
 
-// What the backward needs, float32: projections [B][N][2D+E]; attention [B][N][E] and log-sum-exp [B][N] for softmax,
-// sum_j g_j phi_j^T / M [B][E][D] in place of attention for dot product; and for pooled keys the winning place within
-// each window [B][M][D+E].
+// What the backward needs, float32: projections [B][N][2D+E]; attention [B][N][E] and log-sum-exp [B][N] for
+// softmax, sum_j g_j phi_j^T / M [B][E][D] in place of attention for dot product; and for pooled keys the
+// winning place within each window [B][M][D+E].
 struct BlockSaved {
   float *projections, *attention, *lse;
   uint8_t* winners;
@@ -51,14 +51,14 @@ struct AttentionShape {
   int threads;
 };
 
-RLNAS_DECLARE(void block_forward(const BlockShape& shape, const BlockWeights& weights, const View& x, const View& z,
-                                 const BlockSaved& saved));
+RLNAS_DECLARE(void block_forward(const BlockShape& shape, const BlockWeights& weights, const View& x,
+                                 const View& z, const BlockSaved& saved));
 RLNAS_DECLARE(void block_backward(const BlockShape& shape, const BlockWeights& weights, const View& x,
                                   const View& grad_z, const BlockSaved& saved, const View& grad_x,
                                   const BlockGradients& gradients));
-// The softmax block where the CPU multiplies bfloat16 pairs; only where it says that it serves.  That depends on
-// nothing but its arguments and the instruction set, so that forward and backward agree; `result` is z or grad_x,
-// which are laid out alike.
+// The softmax block where the CPU multiplies bfloat16 pairs; only where it says that it serves.  That depends
+// on nothing but its arguments and the instruction set, so that forward and backward agree; `result` is z or
+// grad_x, which are laid out alike.
 RLNAS_DECLARE(bool bf16_block_serves(const BlockShape& shape, const View& x, const View& result));
 RLNAS_DECLARE(void bf16_block_forward(const BlockShape& shape, const BlockWeights& weights, const View& x,
                                       const View& z, const BlockSaved& saved));
@@ -70,10 +70,10 @@ RLNAS_DECLARE(void dot_product_forward(const BlockShape& shape, const BlockWeigh
 RLNAS_DECLARE(void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, const View& x,
                                         const View& grad_z, const BlockSaved& saved, const View& grad_x,
                                         const BlockGradients& gradients));
-RLNAS_DECLARE(void attention_forward(const AttentionShape& shape, const View& theta, const View& phi, const View& g,
-                                     const View& y, float* lse));
-RLNAS_DECLARE(void attention_backward(const AttentionShape& shape, const View& theta, const View& phi, const View& g,
-                                      const View& y, const float* lse, const View& grad_y, const View& grad_theta,
-                                      const View& grad_phi, const View& grad_g));
+RLNAS_DECLARE(void attention_forward(const AttentionShape& shape, const View& theta, const View& phi,
+                                     const View& g, const View& y, float* lse));
+RLNAS_DECLARE(void attention_backward(const AttentionShape& shape, const View& theta, const View& phi,
+                                      const View& g, const View& y, const float* lse, const View& grad_y,
+                                      const View& grad_theta, const View& grad_phi, const View& grad_g));
 
 }  // namespace rlnas

@@ -18,8 +18,8 @@ struct TeamBuffers {
 // Keys and values of one image as rows, loaded by one thread or by the team.
 struct LoadedKeys {
   KeyValue keys;
-  LoadedKeys(const AttentionShape& shape, const Image& phi, const Image& g, bool team, std::vector<float>& shared_keys,
-             std::vector<float>& shared_values) {
+  LoadedKeys(const AttentionShape& shape, const Image& phi, const Image& g, bool team,
+             std::vector<float>& shared_keys, std::vector<float>& shared_values) {
     if (team) {
 #pragma omp single
       {
@@ -64,9 +64,9 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
     float* own_rows = team ? shared_rows.data() : saved.projections ? nullptr : scratch<kFree>(k.N * k.L);
     float* rows = saved.projections ? saved.projections + b * k.N * k.L : own_rows;
     float* pooled = !k.pools() ? nullptr : team ? shared_keys.data() : scratch<kFree + 1>(k.M * width);
-    uint8_t* winners = saved.winners         ? saved.winners + b * k.M * width
+    uint8_t* winners = saved.winners        ? saved.winners + b * k.M * width
                        : team || !k.pools() ? shared_winners.data()
-                                             : reinterpret_cast<uint8_t*>(scratch<kFree + 2>(k.M * width));
+                                            : reinterpret_cast<uint8_t*>(scratch<kFree + 2>(k.M * width));
     share(team, blocks_of(k.N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, k.N);
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * k.C));
@@ -170,35 +170,37 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
   sums.store(gradients);
 }
 
-void attention_forward(const AttentionShape& shape, const View& theta, const View& phi, const View& g, const View& y,
-                       float* lse) {
+void attention_forward(const AttentionShape& shape, const View& theta, const View& phi, const View& g,
+                       const View& y, float* lse) {
   const int64_t queries[3] = {1, 1, shape.queries}, keys[3] = {1, 1, shape.keys};
   std::vector<float> shared_keys, shared_values;
   over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
     const Image query(theta, b, shape.inner, queries), out(y, b, shape.value, queries);
-    const LoadedKeys loaded(shape, Image(phi, b, shape.inner, keys), Image(g, b, shape.value, keys), team, shared_keys,
-                            shared_values);
+    const LoadedKeys loaded(shape, Image(phi, b, shape.inner, keys), Image(g, b, shape.value, keys), team,
+                            shared_keys, shared_values);
     share(team, blocks_of(shape.queries, kForwardTile), [&](int64_t tile) {
       const Range r(tile, kForwardTile, shape.queries);
       const Rows to = out.target(r.first, scratch<kOut>(kForwardTile * shape.value));
-      attend(query.load(r.first, r.last, scratch<kX>(kForwardTile * shape.inner)), r.count(), shape.inner, shape.value,
-             loaded.keys, to, lse ? lse + b * shape.queries + r.first : nullptr);
+      attend(query.load(r.first, r.last, scratch<kX>(kForwardTile * shape.inner)), r.count(), shape.inner,
+             shape.value, loaded.keys, to, lse ? lse + b * shape.queries + r.first : nullptr);
       out.finish(r.first, r.last, to);
     });
   });
 }
 
-void attention_backward(const AttentionShape& shape, const View& theta, const View& phi, const View& g, const View& y,
-                        const float* lse, const View& grad_y, const View& grad_theta, const View& grad_phi,
-                        const View& grad_g) {
+void attention_backward(const AttentionShape& shape, const View& theta, const View& phi, const View& g,
+                        const View& y, const float* lse, const View& grad_y, const View& grad_theta,
+                        const View& grad_phi, const View& grad_g) {
   const int64_t queries[3] = {1, 1, shape.queries}, spots[3] = {1, 1, shape.keys};
   const int64_t D = shape.inner, E = shape.value, M = shape.keys, width = D + E;
   std::vector<float> shared_keys, shared_values;
   TeamBuffers shared(shape.threads);
   over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
     const Image query(theta, b, D, queries), out(y, b, E, queries), grad_out(grad_y, b, E, queries);
-    const Image grad_query(grad_theta, b, D, queries), grad_key(grad_phi, b, D, spots), grad_value(grad_g, b, E, spots);
-    const LoadedKeys loaded(shape, Image(phi, b, D, spots), Image(g, b, E, spots), team, shared_keys, shared_values);
+    const Image grad_query(grad_theta, b, D, queries), grad_key(grad_phi, b, D, spots),
+        grad_value(grad_g, b, E, spots);
+    const LoadedKeys loaded(shape, Image(phi, b, D, spots), Image(g, b, E, spots), team, shared_keys,
+                            shared_values);
     float* sums = shared.key_sums[omp_get_thread_num()] = scratch<kFree + 2>(M * width);
     std::memset(sums, 0, sizeof(float) * M * width);
     share(team, blocks_of(shape.queries, kBackwardTile), [&](int64_t tile) {

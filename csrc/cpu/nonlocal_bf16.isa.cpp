@@ -1,7 +1,7 @@
 // The softmax block in bfloat16 for CPUs with vdpbf16ps: products of pairs along the depth, sums in float32.
 //
-// The plan is that of the float32 block (nonlocal_attention.isa.cpp).  A left operand is bfloat16 rows as they lie in
-// memory, or pairs [depth / 2][row]; a right operand is pairs [depth / 2][column].
+// The plan is that of the float32 block (nonlocal_attention.isa.cpp).  A left operand is bfloat16 rows as
+// they lie in memory, or pairs [depth / 2][row]; a right operand is pairs [depth / 2][column].
 #include "cpu/nonlocal_block.h"
 
 namespace rlnas::RLNAS_ISA {
@@ -47,8 +47,8 @@ RLNAS_INLINE __m512i paired(__m256i low, __m256i high) {
 }
 
 template <int R, int V, Order order>
-static __attribute__((noinline)) void pair_tile(int64_t pairs, LeftPairs a, const Pair* __restrict b, int64_t ldb,
-                                                PairOut c, int64_t last) {
+static __attribute__((noinline)) void pair_tile(int64_t pairs, LeftPairs a, const Pair* __restrict b,
+                                                int64_t ldb, PairOut c, int64_t last) {
   __m512 sums[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
@@ -69,7 +69,8 @@ static __attribute__((noinline)) void pair_tile(int64_t pairs, LeftPairs a, cons
     for (int r = 0; r < R; r++) {
       const __m512i left = _mm512_set1_epi32(static_cast<int>(base[r / 3][(r % 3) * row]));
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)left, (__m512bh)right[v]);
+      for (int v = 0; v < V; v++)
+        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)left, (__m512bh)right[v]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kGroups; i++) base[i] += step;
@@ -93,8 +94,8 @@ static __attribute__((noinline)) void pair_tile(int64_t pairs, LeftPairs a, cons
 }
 
 template <int V, Order order, int R = kRows>
-RLNAS_INLINE void pair_tile_of(int64_t rows, int64_t pairs, LeftPairs a, const Pair* b, int64_t ldb, PairOut c,
-                               int64_t last) {
+RLNAS_INLINE void pair_tile_of(int64_t rows, int64_t pairs, LeftPairs a, const Pair* b, int64_t ldb,
+                               PairOut c, int64_t last) {
   if constexpr (R > 0) {
     if (rows == R)
       pair_tile<R, V, order>(pairs, a, b, ldb, c, last);
@@ -138,7 +139,8 @@ Pair* interleave(HalfRows rows, int64_t count, int64_t columns, float* buffer) {
     for (int64_t c = 0; c < columns; c += kWidth) {
       const __mmask16 mask = lanes_mask(std::min<int64_t>(kWidth, columns - c));
       const __m256i low = _mm256_maskz_loadu_epi16(mask, rows.at(r) + c);
-      const __m256i high = _mm256_maskz_loadu_epi16(r + 1 < count ? mask : 0, rows.at(r + 1 < count ? r + 1 : r) + c);
+      const __m256i high =
+          _mm256_maskz_loadu_epi16(r + 1 < count ? mask : 0, rows.at(r + 1 < count ? r + 1 : r) + c);
       _mm512_mask_storeu_epi32(to + r / 2 * columns + c, mask, paired(low, high));
     }
   return to;
@@ -155,7 +157,8 @@ void narrow(const float* from, int64_t count, int64_t columns, HalfRows to) {
   for (int64_t n = 0; n < count; n++)
     for (int64_t c = 0; c < columns; c += kWidth) {
       const int64_t some = std::min<int64_t>(kWidth, columns - c);
-      _mm256_mask_storeu_epi16(to.at(n) + c, lanes_mask(some), narrowed(load_some(from + n * columns + c, some)));
+      _mm256_mask_storeu_epi16(to.at(n) + c, lanes_mask(some),
+                               narrowed(load_some(from + n * columns + c, some)));
     }
 }
 
@@ -179,8 +182,8 @@ class WeightPairs {
 
 HalfRows half_rows(const Image& image) { return {image.row<Half>(0), image.step()}; }
 
-void attend_pairs(HalfRows query, int64_t count, int64_t D, int64_t E, HalfRows key, int64_t keys, const Pair* values,
-                  HalfRows out, float* lse) {
+void attend_pairs(HalfRows query, int64_t count, int64_t D, int64_t E, HalfRows key, int64_t keys,
+                  const Pair* values, HalfRows out, float* lse) {
   constexpr int64_t T = kForwardTile;
   const int64_t lanes = blocks_of(count, kWidth) * kWidth, pairs = blocks_of(keys, 2);
   const RightPairs queries = pair_lanes(query, count, D, scratch<kQueries>(T * D));
@@ -202,13 +205,14 @@ void attend_pairs(HalfRows query, int64_t count, int64_t D, int64_t E, HalfRows 
       if (lse && n + i < count) lse[n + i] = highest[i] + std::log(total[i]);
     }
   }
-  pair_gemm<Order::depth_major>(count, E, pairs, {reinterpret_cast<const Pair*>(weights), T}, plain(values, E),
+  pair_gemm<Order::depth_major>(count, E, pairs, {reinterpret_cast<const Pair*>(weights), T},
+                                plain(values, E),
                                 {nullptr, out.data, out.ld, false, nullptr, 0, nullptr, inverse});
 }
 
-void attend_backward_pairs(HalfRows query, HalfRows grad_out, const float* lse, int64_t count, int64_t D, int64_t E,
-                           HalfRows key, HalfRows value, int64_t keys, const Pair* key_pairs, HalfRows grad_query,
-                           float* grad_key, float* grad_value) {
+void attend_backward_pairs(HalfRows query, HalfRows grad_out, const float* lse, int64_t count, int64_t D,
+                           int64_t E, HalfRows key, HalfRows value, int64_t keys, const Pair* key_pairs,
+                           HalfRows grad_query, float* grad_key, float* grad_value) {
   constexpr int64_t T = kBackwardTile;
   const int64_t lanes = blocks_of(count, kWidth) * kWidth, pairs = blocks_of(keys, 2);
   const RightPairs queries = pair_lanes(query, count, D, scratch<kQueries>(T * D));
@@ -217,7 +221,8 @@ void attend_backward_pairs(HalfRows query, HalfRows grad_out, const float* lse, 
   uint32_t* mixed = reinterpret_cast<uint32_t*>(scratch<kGradLogits>(T * (pairs + keys)));
   Half *weights = reinterpret_cast<Half*>(mixed + T * pairs), *slopes = weights + T * keys;
   pair_gemm<Order::row_major>(keys, lanes, D / 2, left(key.data, key.ld), queries, {logits, nullptr, T});
-  pair_gemm<Order::row_major>(keys, lanes, E / 2, left(value.data, value.ld), grads, {grad_logits, nullptr, T});
+  pair_gemm<Order::row_major>(keys, lanes, E / 2, left(value.data, value.ld), grads,
+                              {grad_logits, nullptr, T});
   float shift[T] = {};
   std::memcpy(shift, lse, sizeof(float) * count);
   for (int64_t n = 0; n < lanes; n += kWidth) {
@@ -242,14 +247,15 @@ void attend_backward_pairs(HalfRows query, HalfRows grad_out, const float* lse, 
       _mm512_storeu_si512(mixed + j / 2 * T + n, paired(even, odd));
     }
   }
-  pair_gemm<Order::depth_major>(count, D, pairs, {reinterpret_cast<const Pair*>(mixed), T}, plain(key_pairs, D),
-                                {nullptr, grad_query.data, grad_query.ld});
+  pair_gemm<Order::depth_major>(count, D, pairs, {reinterpret_cast<const Pair*>(mixed), T},
+                                plain(key_pairs, D), {nullptr, grad_query.data, grad_query.ld});
   const int64_t depth = blocks_of(count, 2);
   float* buffer = scratch<kQueries>(T * D);  // the lanes of the queries are no longer needed
   pair_gemm<Order::row_major>(keys, D, depth, left(slopes, T), plain(interleave(query, count, D, buffer), D),
                               {grad_key, nullptr, D, true});
   buffer = scratch<kGradQueries>(T * E);
-  pair_gemm<Order::row_major>(keys, E, depth, left(weights, T), plain(interleave(grad_out, count, E, buffer), E),
+  pair_gemm<Order::row_major>(keys, E, depth, left(weights, T),
+                              plain(interleave(grad_out, count, E, buffer), E),
                               {grad_value, nullptr, E, true});
 }
 
@@ -273,7 +279,8 @@ HalfRows saved_rows(float* data, int64_t b, int64_t N, int64_t columns) {
 bool bf16_block_serves(const BlockShape& shape, const View& x, const View& result) {
   const int64_t pool = shape.pool[0] * shape.pool[1] * shape.pool[2];
   return x.dtype == DType::bfloat16 && pool == 1 && shape.batch > 1 && shape.channels % 2 == 0 &&
-         shape.inner % 2 == 0 && shape.value % 2 == 0 && shape.space[0] * shape.space[1] * shape.space[2] <= 1024 &&
+         shape.inner % 2 == 0 && shape.value % 2 == 0 &&
+         shape.space[0] * shape.space[1] * shape.space[2] <= 1024 &&
          Image(x, 0, shape.channels, shape.space).rows_follow() &&
          Image(result, 0, shape.channels, shape.space).rows_follow();
 }
@@ -283,7 +290,8 @@ void bf16_block_forward(const BlockShape& shape, const BlockWeights& given, cons
   const Block k(shape, given);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N;
   const WeightPairs project(k.projection, C, L, true), output(k.out, E, C, true);
-  const float *bias = k.has_bias ? k.bias.data() : nullptr, *out_bias = k.has_bias ? k.out_bias.data() : nullptr;
+  const float *bias = k.has_bias ? k.bias.data() : nullptr,
+              *out_bias = k.has_bias ? k.out_bias.data() : nullptr;
 #pragma omp parallel for num_threads(shape.threads) schedule(dynamic, 1)
   for (int64_t b = 0; b < shape.batch; b++) {
     const HalfRows from = half_rows(Image(x, b, C, shape.space)), to = half_rows(Image(z, b, C, shape.space));
@@ -291,7 +299,8 @@ void bf16_block_forward(const BlockShape& shape, const BlockWeights& given, cons
                                             : HalfRows{reinterpret_cast<Half*>(scratch<kFree>(N * L)), L};
     const HalfRows means = saved.attention ? saved_rows(saved.attention, b, N, E)
                                            : HalfRows{reinterpret_cast<Half*>(scratch<kOut>(N * E)), E};
-    pair_gemm<Order::row_major>(N, L, C / 2, left_of(from), project.right(), {nullptr, rows.data, L, false, nullptr, 0, bias});
+    pair_gemm<Order::row_major>(N, L, C / 2, left_of(from), project.right(),
+                                {nullptr, rows.data, L, false, nullptr, 0, bias});
     const Pair* values = interleave({rows.data + 2 * D, L}, N, E, scratch<kFree + 1>((N + 1) / 2 * E));
     for (int64_t i = 0; i < N; i += kForwardTile) {
       const int64_t count = std::min(kForwardTile, N - i);
@@ -304,8 +313,9 @@ void bf16_block_forward(const BlockShape& shape, const BlockWeights& given, cons
   }
 }
 
-void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, const View& x, const View& grad_z,
-                         const BlockSaved& saved, const View& grad_x, const BlockGradients& gradients) {
+void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, const View& x,
+                         const View& grad_z, const BlockSaved& saved, const View& grad_x,
+                         const BlockGradients& gradients) {
   const Block k(shape, given);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N;
   const WeightPairs project_back(k.projection, L, C, false), output_back(k.out, C, E, false);
@@ -314,25 +324,28 @@ void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, con
   {
     float *projection = sums.part(omp_get_thread_num()), *out = projection + L * C, *bias = out + C * E;
     share(true, shape.batch, [&](int64_t b) {
-      const HalfRows from = half_rows(Image(x, b, C, shape.space)), to = half_rows(Image(grad_x, b, C, shape.space));
+      const HalfRows from = half_rows(Image(x, b, C, shape.space)),
+                     to = half_rows(Image(grad_x, b, C, shape.space));
       const Image upstream(grad_z, b, C, shape.space);
       HalfRows grad{reinterpret_cast<Half*>(scratch<kGradZ>(N * C)), C};
       if (upstream.rows_follow())
         grad = half_rows(upstream);
       else
         narrow(upstream.load(0, N, scratch<kX>(N * C)).data, N, C, grad);
-      const HalfRows rows = saved_rows(saved.projections, b, N, L), means = saved_rows(saved.attention, b, N, E);
+      const HalfRows rows = saved_rows(saved.projections, b, N, L),
+                     means = saved_rows(saved.attention, b, N, E);
       const HalfRows grad_means{reinterpret_cast<Half*>(scratch<kOut>(N * E)), E};
       const HalfRows grads{reinterpret_cast<Half*>(scratch<kFree>(N * L)), L};
       float *grad_key = scratch<kFree + 1>(N * (D + E)), *grad_value = grad_key + N * D;
       std::memset(grad_key, 0, sizeof(float) * N * (D + E));
       const int64_t pairs = (N + 1) / 2;
       const Pair* keys = interleave({rows.data + D, L}, N, D, scratch<kFree + 2>(pairs * (D + C + L)));
-      pair_gemm<Order::row_major>(N, E, C / 2, left_of(grad), output_back.right(), {nullptr, grad_means.data, E});
+      pair_gemm<Order::row_major>(N, E, C / 2, left_of(grad), output_back.right(),
+                                  {nullptr, grad_means.data, E});
       for (int64_t i = 0; i < N; i += kBackwardTile)
         attend_backward_pairs({rows.at(i), L}, {grad_means.at(i), E}, saved.lse + b * N + i,
-                              std::min(kBackwardTile, N - i), D, E, {rows.data + D, L}, {rows.data + 2 * D, L}, N,
-                              keys, {grads.at(i), L}, grad_key, grad_value);
+                              std::min(kBackwardTile, N - i), D, E, {rows.data + D, L},
+                              {rows.data + 2 * D, L}, N, keys, {grads.at(i), L}, grad_key, grad_value);
       narrow(grad_key, N, D, {grads.data + D, L});
       narrow(grad_value, N, E, {grads.data + 2 * D, L});
       pair_gemm<Order::row_major>(
@@ -341,10 +354,12 @@ void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, con
       float* buffer = scratch<kFree + 2>(pairs * (D + C + L));
       const Pair* x_pairs = interleave(from, N, C, buffer);
       const Pair* grad_pairs = interleave(grads, N, L, buffer + pairs * C);
-      pair_gemm<Order::depth_major>(L, C, pairs, {grad_pairs, L}, plain(x_pairs, C), {projection, nullptr, C, true});
+      pair_gemm<Order::depth_major>(L, C, pairs, {grad_pairs, L}, plain(x_pairs, C),
+                                    {projection, nullptr, C, true});
       const Pair* upstream_pairs = interleave(grad, N, C, buffer);
       const Pair* mean_pairs = interleave(means, N, E, buffer + pairs * C);
-      pair_gemm<Order::depth_major>(C, E, pairs, {upstream_pairs, C}, plain(mean_pairs, E), {out, nullptr, E, true});
+      pair_gemm<Order::depth_major>(C, E, pairs, {upstream_pairs, C}, plain(mean_pairs, E),
+                                    {out, nullptr, E, true});
       if (k.has_bias) {
         add_half_columns(grads, N, L, bias);
         add_half_columns(grad, N, C, bias + L);
@@ -355,7 +370,8 @@ void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, con
 }
 #else
 bool bf16_block_serves(const BlockShape&, const View&, const View&) { return false; }
-void bf16_block_forward(const BlockShape&, const BlockWeights&, const View&, const View&, const BlockSaved&) {}
+void bf16_block_forward(const BlockShape&, const BlockWeights&, const View&, const View&, const BlockSaved&) {
+}
 void bf16_block_backward(const BlockShape&, const BlockWeights&, const View&, const View&, const BlockSaved&,
                          const View&, const BlockGradients&) {}
 #endif

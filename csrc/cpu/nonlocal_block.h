@@ -1,8 +1,8 @@
 // What the fused blocks share: work over images, weights in float32, pooled keys, gradients of the weights.
 //
-// One parallel region a call.  With enough images a thread takes whole images, whose projections then stay in its
-// cache; otherwise the team shares the tiles of one image after another, so that a batch of one is parallel too.
-// Included by *.isa.cpp only.
+// One parallel region a call.  With enough images a thread takes whole images, whose projections then stay in
+// its cache; otherwise the team shares the tiles of one image after another, so that a batch of one is
+// parallel too. Included by *.isa.cpp only.
 #pragma once
 
 #include <omp.h>
@@ -49,7 +49,8 @@ int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / siz
 
 struct Range {
   int64_t first, last;
-  Range(int64_t block, int64_t size, int64_t count) : first(block * size), last(std::min(first + size, count)) {}
+  Range(int64_t block, int64_t size, int64_t count)
+      : first(block * size), last(std::min(first + size, count)) {}
   int64_t count() const { return last - first; }
 };
 
@@ -97,7 +98,8 @@ Right packed(const float* from, int64_t depth, int64_t columns, bool transposed,
   return {buffer.data(), kPanel, stride};
 }
 
-// The block's sizes, and its weights in float32: projection [L][C] of theta, phi and g in turn, and out [C][E].
+// The block's sizes, and its weights in float32: projection [L][C] of theta, phi and g in turn, and out
+// [C][E].
 struct Block {
   const BlockShape& shape;
   int64_t C, D, E, L, N, M, pooled[3];
@@ -105,7 +107,14 @@ struct Block {
   std::vector<float> projection, bias, out, out_bias;
 
   Block(const BlockShape& s, const BlockWeights& w)
-      : shape(s), C(s.channels), D(s.inner), E(s.value), L(2 * D + E), N(1), M(1), has_bias(w.theta_bias || w.out_bias) {
+      : shape(s),
+        C(s.channels),
+        D(s.inner),
+        E(s.value),
+        L(2 * D + E),
+        N(1),
+        M(1),
+        has_bias(w.theta_bias || w.out_bias) {
     for (int i = 0; i < 3; i++) {
       pooled[i] = s.space[i] / s.pool[i];
       N *= s.space[i];
@@ -137,7 +146,8 @@ struct Block {
   }
   int64_t window() const { return shape.pool[0] * shape.pool[1] * shape.pool[2]; }
 
-  // Pooled phi and g of keys [first, last) and where in the window each came from; the first of equals, NaN wins.
+  // Pooled phi and g of keys [first, last) and where in the window each came from; the first of equals, NaN
+  // wins.
   void pool_keys(Range keys, const float* rows, float* to, uint8_t* winners) const {
     const int64_t width = D + E;
     for (int64_t m = keys.first; m < keys.last; m++) {
@@ -165,7 +175,8 @@ struct Block {
 // Gradients of the weights: one sum a thread, added up in the order of the threads.
 class WeightSums {
  public:
-  WeightSums(const Block& block, int threads) : k_(block), parts_(threads, std::vector<float>(size(), 0.0f)) {}
+  WeightSums(const Block& block, int threads)
+      : k_(block), parts_(threads, std::vector<float>(size(), 0.0f)) {}
 
   // One thread's sums: projection [L][C], out [C][E], bias [L], out bias [C].
   float* part(int thread) { return parts_[thread].data(); }

@@ -9,8 +9,8 @@
 
 namespace rlnas::RLNAS_ISA {
 
-// Queries lie in the lanes: logits are computed transposed, S^T [key][query], so that maximum, exponential and
-// sum are vertical, no key is padded, and P^T is in the order that the next product broadcasts from.
+// Queries lie in the lanes: logits are computed transposed, S^T [key][query], so that maximum, exponential
+// and sum are vertical, no key is padded, and P^T is in the order that the next product broadcasts from.
 constexpr int64_t kForwardTile = 32, kBackwardTile = 64;  // queries; multiples of every kPanel
 constexpr int64_t kKeyBlock = 512;                        // keys whose logits are held at once
 
@@ -33,8 +33,8 @@ static inline Right lanes_from(Rows rows, int64_t count, int64_t channels, float
 }
 
 // In: logits [keys][tile] of one block, running maximum and sum of each lane.  Out: exp(logit - maximum).
-static inline void softmax_block(float* logits, int64_t tile, int64_t keys, int64_t lanes, float* maxima, float* sums,
-                                 float* rescale) {
+static inline void softmax_block(float* logits, int64_t tile, int64_t keys, int64_t lanes, float* maxima,
+                                 float* sums, float* rescale) {
   for (int64_t n = 0; n < lanes; n += kWidth) {
     const Vec before = load(maxima + n);
     Vec highest = before;
@@ -56,8 +56,8 @@ static inline void softmax_block(float* logits, int64_t tile, int64_t keys, int6
   }
 }
 
-static inline void attend(Rows query, int64_t count, int64_t inner, int64_t value, const KeyValue& keys, Rows out,
-                          float* lse) {
+static inline void attend(Rows query, int64_t count, int64_t inner, int64_t value, const KeyValue& keys,
+                          Rows out, float* lse) {
   constexpr int64_t T = kForwardTile;
   const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
   const Right queries = lanes_from(query, count, inner, scratch<kQueries>(T * inner));
@@ -89,9 +89,9 @@ static inline void attend(Rows query, int64_t count, int64_t inner, int64_t valu
 }
 
 // Adds this tile's share to grad_keys and writes grad_query.  `first` overwrites grad_keys.
-static inline void attend_backward(Rows query, Rows out, Rows grad_out, const float* lse, int64_t count, int64_t inner,
-                                   int64_t value, const KeyValue& keys, Rows grad_query, const KeyValue& grad_keys,
-                                   bool first) {
+static inline void attend_backward(Rows query, Rows out, Rows grad_out, const float* lse, int64_t count,
+                                   int64_t inner, int64_t value, const KeyValue& keys, Rows grad_query,
+                                   const KeyValue& grad_keys, bool first) {
   constexpr int64_t T = kBackwardTile;
   const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
   const Right queries = lanes_from(query, count, inner, scratch<kQueries>(T * inner));
@@ -135,13 +135,15 @@ static inline void attend_backward(Rows query, Rows out, Rows grad_out, const fl
         store(grad, load(weights + k * T + n) * (load(grad) - lane_delta));
       }
     }
-    gemm<Order::depth_major>(count, inner, some, {grads, T}, {keys.key.at(j), keys.key.ld},
-                             {grad_query.data, grad_query.ld, j > 0 ? grad_query.data : nullptr, grad_query.ld});
+    gemm<Order::depth_major>(
+        count, inner, some, {grads, T}, {keys.key.at(j), keys.key.ld},
+        {grad_query.data, grad_query.ld, j > 0 ? grad_query.data : nullptr, grad_query.ld});
     float *grad_key = grad_keys.key.at(j), *grad_value = grad_keys.value.at(j);
     gemm<Order::row_major>(some, inner, count, {grads, T}, {query.data, query.ld},
                            {grad_key, grad_keys.key.ld, first ? nullptr : grad_key, grad_keys.key.ld});
-    gemm<Order::row_major>(some, value, count, {weights, T}, {grad_out.data, grad_out.ld},
-                           {grad_value, grad_keys.value.ld, first ? nullptr : grad_value, grad_keys.value.ld});
+    gemm<Order::row_major>(
+        some, value, count, {weights, T}, {grad_out.data, grad_out.ld},
+        {grad_value, grad_keys.value.ld, first ? nullptr : grad_value, grad_keys.value.ld});
   }
 }
 

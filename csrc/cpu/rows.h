@@ -111,7 +111,8 @@ class Image {
  private:
   template <class D>
   typename D::Stored* place(int64_t position) const {
-    int64_t w = position % space_[2], h = position / space_[2] % space_[1], t = position / space_[2] / space_[1];
+    int64_t w = position % space_[2], h = position / space_[2] % space_[1],
+            t = position / space_[2] / space_[1];
     return static_cast<typename D::Stored*>(view_.data) + offset_ + w * view_.space[2] + h * view_.space[1] +
            t * view_.space[0];
   }

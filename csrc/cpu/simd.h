@@ -46,10 +46,15 @@ RLNAS_INLINE void store_some(float* p, Vec v, int64_t count) {
 }
 #elif defined(__AVX2__)
 RLNAS_INLINE __m256i first_lanes(int64_t count) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-RLNAS_INLINE Vec load_some(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_lanes(count)); }
-RLNAS_INLINE void store_some(float* p, Vec v, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
+RLNAS_INLINE Vec load_some(const float* p, int64_t count) {
+  return _mm256_maskload_ps(p, first_lanes(count));
+}
+RLNAS_INLINE void store_some(float* p, Vec v, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), v);
+}
 #else
 RLNAS_INLINE Vec load_some(const float* p, int64_t count) {
   Vec v = {};
@@ -135,7 +140,8 @@ static inline void transpose(const float* from, int64_t ld_from, int64_t rows, i
         for (int i = 0; i < kWidth; i++) store(to + (c + i) * ld_to + r, block[i]);
       } else {
         for (int64_t i = 0; i < some_rows; i++)
-          for (int64_t j = 0; j < some_columns; j++) to[(c + j) * ld_to + r + i] = from[(r + i) * ld_from + c + j];
+          for (int64_t j = 0; j < some_columns; j++)
+            to[(c + j) * ld_to + r + i] = from[(r + i) * ld_from + c + j];
       }
     }
   }

@@ -186,7 +186,8 @@ def test_bfloat16_channels_last_on_every_instruction_set(isa: str, bias: bool) -
         x, weights = block_operands((shape, inner, value, 1), torch.bfloat16, bias)
         check_block(laid_out(x, "channels last"), weights, 1)
         check_block(laid_out(x, "channels last"), weights, 1, residual=False)
-        wide = torch.full((*shape[:3], shape[3] + 1), torch.nan).bfloat16().to(memory_format=torch.channels_last)
+        wide = torch.full((*shape[:3], shape[3] + 1), torch.nan, dtype=torch.bfloat16)
+        wide = wide.to(memory_format=torch.channels_last)
         check_block(wide[..., 1:].copy_(x), weights, 1)
 
 
