@@ -175,7 +175,8 @@ def pack_mask(dense: torch.Tensor, mask: TileTensors) -> None:
 def _update(dense: torch.Tensor | None, mask: TileTensors) -> None:
     address = 0 if dense is None or dense.numel() == 0 else dense.data_ptr()
     sizes = (*mask.shape, *mask.tile)
-    native.cuda().masked_matmul_update(address, _pointers(mask), sizes, _stream(mask.state))
+    with torch.cuda.device(mask.state.device):
+        native.cuda().masked_matmul_update(address, _pointers(mask), sizes, _stream(mask.state))
 
 
 def _pointers(mask: TileTensors) -> tuple[int, ...]:

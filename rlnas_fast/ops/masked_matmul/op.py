@@ -240,13 +240,23 @@ def _scattered(y: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     return y.contiguous() if order is None else torch.empty_like(y).index_copy_(1, order.long(), y)
 
 
+def _on_its_device(implementation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Launches go to the current device, so the first argument's must be it."""
+
+    def guarded(first: torch.Tensor, *rest: Any) -> torch.Tensor:
+        with torch.cuda.device(first.device):
+            return implementation(first, *rest)
+
+    return guarded
+
+
 for _name, _implementation in (
     ("masked_matmul", _forward),
     ("masked_matmul_grad_input", _grad_input),
     ("masked_matmul_grad_weight", _grad_weight),
 ):
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _implementation, _device)
+    _library.impl(_name, _implementation, "CPU")
+    _library.impl(_name, _on_its_device(_implementation), "CUDA")
 
 
 @torch.library.register_fake("rlnas_fast::masked_matmul", lib=_library)
