@@ -18,7 +18,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kChunkTiles = 1024;
 
 void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("masked_matmul: ") + cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("masked_matmul: ") + cudaGetErrorString(status));
 }
 
 // Eight bytes of 0 or 1 to eight bits, the first byte lowest.
@@ -33,19 +34,19 @@ __device__ uint32_t pack_word(uint4 low, uint4 high) {
 }
 
 // Bits [first, last) of a word, 0 <= first < last <= 32.
-__device__ uint32_t bit_range(int first, int last) {
-  return (~0u >> (32 - (last - first))) << first;
-}
+__device__ uint32_t bit_range(int first, int last) { return (~0u >> (32 - (last - first))) << first; }
 
 enum class Source { kDense, kDenseUnaligned, kBits, kNothing };
 
 // Kept weights of a word of the mask: from 32 bools, from what was packed before, or all.
 template <Source kSource>
-__device__ uint32_t read_word(const uint8_t* dense, const MaskPointers& mask, const MaskSizes& sizes, int row, int word) {
+__device__ uint32_t read_word(const uint8_t* dense, const MaskPointers& mask, const MaskSizes& sizes, int row,
+                              int word) {
   const int column = word * 32;
   const int count = min(32, sizes.columns - column);
   if constexpr (kSource == Source::kDense) {
-    const auto* source = reinterpret_cast<const uint4*>(dense + row * static_cast<int64_t>(sizes.columns) + column);
+    const auto* source =
+        reinterpret_cast<const uint4*>(dense + row * static_cast<int64_t>(sizes.columns) + column);
     return pack_word(__ldcs(source), __ldcs(source + 1));
   } else if constexpr (kSource == Source::kDenseUnaligned) {
     const uint8_t* source = dense + row * static_cast<int64_t>(sizes.columns) + column;
@@ -59,8 +60,8 @@ __device__ uint32_t read_word(const uint8_t* dense, const MaskPointers& mask, co
   }
 }
 
-// A block owns one tile row and `chunk_words` words of it, a whole number of tiles: it packs a dense mask and derives
-// the states from it, or reads bits that are there; and counts.
+// A block owns one tile row and `chunk_words` words of it, a whole number of tiles: it packs a dense mask and
+// derives the states from it, or reads bits that are there; and counts.
 template <Source kSource>
 __global__ void __launch_bounds__(kThreads)
     scan_kernel(const uint8_t* __restrict__ dense, MaskPointers mask, MaskSizes sizes, int chunk_words) {
@@ -85,7 +86,8 @@ __global__ void __launch_bounds__(kThreads)
       const int index = base + item * kThreads;
       values[item] = 0;
       if (index < rows * words) {
-        values[item] = read_word<kSource>(dense, mask, sizes, first_row + index / words, first_word + index % words);
+        values[item] =
+            read_word<kSource>(dense, mask, sizes, first_row + index / words, first_word + index % words);
       }
     }
 #pragma unroll
@@ -94,7 +96,8 @@ __global__ void __launch_bounds__(kThreads)
       if (index >= rows * words) break;
       const uint32_t value = values[item];
       if (kPack && mask.bits) {
-        mask.bits[(first_row + index / words) * static_cast<int64_t>(sizes.words) + first_word + index % words] = value;
+        mask.bits[(first_row + index / words) * static_cast<int64_t>(sizes.words) + first_word +
+                  index % words] = value;
       }
       if (value == 0) continue;
       const int column = index % words * 32;
@@ -117,7 +120,8 @@ __global__ void __launch_bounds__(kThreads)
       place = static_cast<uint8_t>(state);
     }
     if (state == 0) continue;
-    const int area = rows * (min((column_tile + 1) * sizes.tile_columns, sizes.columns) - column_tile * sizes.tile_columns);
+    const int area = rows * (min((column_tile + 1) * sizes.tile_columns, sizes.columns) -
+                             column_tile * sizes.tile_columns);
     const int count = mask.bits ? static_cast<int>(kept[tile]) : area;
     atomicAdd(&totals[state == 1 ? 0 : 1], 1u);
     atomicAdd(&totals[2], static_cast<uint32_t>(count));
@@ -171,11 +175,15 @@ template <typename T>
 struct Pair;
 template <>
 struct Pair<__nv_bfloat16> {
-  static __device__ float2 read(uint32_t value) { return {__uint_as_float(value << 16), __uint_as_float(value & 0xffff0000u)}; }
+  static __device__ float2 read(uint32_t value) {
+    return {__uint_as_float(value << 16), __uint_as_float(value & 0xffff0000u)};
+  }
 };
 template <>
 struct Pair<__half> {
-  static __device__ float2 read(uint32_t value) { return __half22float2(*reinterpret_cast<const __half2*>(&value)); }
+  static __device__ float2 read(uint32_t value) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&value));
+  }
 };
 
 // Sixteen bytes of T as floats.
@@ -196,8 +204,9 @@ __device__ void widen(uint4 value, float (&out)[16 / sizeof(T)]) {
 
 // A team of `team` warps makes y for kRows rows of the weight and kBatch rows of x.
 template <typename T, int kBatch, int kRows>
-__global__ void __launch_bounds__(kThreads) few_rows_kernel(ProductPointers p, MaskPointers mask, MaskSizes sizes,
-                                                            int batch, int64_t x_stride, int team) {
+__global__ void __launch_bounds__(kThreads)
+    few_rows_kernel(ProductPointers p, MaskPointers mask, MaskSizes sizes, int batch, int64_t x_stride,
+                    int team) {
   constexpr int kVector = 16 / sizeof(T);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first_row = (blockIdx.x * (kWarps / team) + warp / team) * kRows;
@@ -207,23 +216,26 @@ __global__ void __launch_bounds__(kThreads) few_rows_kernel(ProductPointers p, M
     const int keep = mask.row_count[2 * row_tile], live = keep + mask.row_count[2 * row_tile + 1];
     const int32_t* tiles = mask.row_list + static_cast<int64_t>(row_tile) * sizes.column_tiles;
     const T* weight = static_cast<const T*>(p.weight);
-    for (int64_t at = (warp % team * 32 + lane) * kVector; at < static_cast<int64_t>(live) * sizes.tile_columns;
-         at += team * 32 * kVector) {
+    for (int64_t at = (warp % team * 32 + lane) * kVector;
+         at < static_cast<int64_t>(live) * sizes.tile_columns; at += team * 32 * kVector) {
       const int slot = static_cast<int>(at / sizes.tile_columns);
       const int tile = tiles[slot];
-      const int column = tile * sizes.tile_columns + static_cast<int>(at - static_cast<int64_t>(slot) * sizes.tile_columns);
+      const int column =
+          tile * sizes.tile_columns + static_cast<int>(at - static_cast<int64_t>(slot) * sizes.tile_columns);
       if (column >= sizes.columns) continue;
       float weights[kRows][kVector];
       uint4 raw[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int64_t offset = min(first_row + r, sizes.rows - 1) * static_cast<int64_t>(sizes.columns) + column;
+        const int64_t offset =
+            min(first_row + r, sizes.rows - 1) * static_cast<int64_t>(sizes.columns) + column;
         if (slot < keep) {
           raw[r] = __ldcs(reinterpret_cast<const uint4*>(weight + offset));
         } else {
 #pragma unroll
           for (int i = 0; i < kVector; i += 4) {
-            reinterpret_cast<uint32_t*>(&raw[r])[i / 4] = *reinterpret_cast<const uint32_t*>(mask.payload + offset + i);
+            reinterpret_cast<uint32_t*>(&raw[r])[i / 4] =
+                *reinterpret_cast<const uint32_t*>(mask.payload + offset + i);
           }
         }
       }
@@ -303,7 +315,8 @@ void choose_few_rows(const ProductPointers& p, const MaskPointers& mask, const M
 
 }  // namespace
 
-void update_mask(const uint8_t* dense, const MaskPointers& mask, const MaskSizes& sizes, cudaStream_t stream) {
+void update_mask(const uint8_t* dense, const MaskPointers& mask, const MaskSizes& sizes,
+                 cudaStream_t stream) {
   check(cudaMemsetAsync(mask.stats, 0, 4 * sizeof(int64_t), stream));
   if (sizes.row_tiles + sizes.column_tiles == 0) return;
   if (sizes.row_tiles > 0 && sizes.column_tiles > 0) {
@@ -327,7 +340,9 @@ void few_rows(const ProductPointers& pointers, const MaskPointers& mask, const M
               int64_t x_stride, Element element, cudaStream_t stream) {
   switch (element) {
     case Element::kFloat32: choose_few_rows<float>(pointers, mask, sizes, batch, x_stride, stream); break;
-    case Element::kBFloat16: choose_few_rows<__nv_bfloat16>(pointers, mask, sizes, batch, x_stride, stream); break;
+    case Element::kBFloat16:
+      choose_few_rows<__nv_bfloat16>(pointers, mask, sizes, batch, x_stride, stream);
+      break;
     case Element::kFloat16: choose_few_rows<__half>(pointers, mask, sizes, batch, x_stride, stream); break;
   }
   check(cudaGetLastError());

@@ -43,10 +43,12 @@ struct Cluster {
   int along_batch, along_rows;
 };
 
-// y on sm_90a for float16 and bfloat16, or `transposed` the gradient to x, for which x is the gradient to y.  K is a
-// multiple of 64, no int8 tiles, no permutation of what is read, pointers and rows of x aligned to 16 bytes.  C divides
-// 32 or is a multiple of it and K is at most 65536, or R and C are multiples of 64; transposed that, and no bits.
-void hopper_tiles(const ProductPointers& pointers, const MaskPointers& mask, const MaskSizes& sizes, int batch,
-                  int64_t x_stride, Element element, bool transposed, Cluster cluster, cudaStream_t stream);
+// y on sm_90a for float16 and bfloat16, or `transposed` the gradient to x, for which x is the gradient to y.
+// K is a multiple of 64, no int8 tiles, no permutation of what is read, pointers and rows of x aligned to 16
+// bytes.  C divides 32 or is a multiple of it and K is at most 65536, or R and C are multiples of 64;
+// transposed that, and no bits.
+void hopper_tiles(const ProductPointers& pointers, const MaskPointers& mask, const MaskSizes& sizes,
+                  int batch, int64_t x_stride, Element element, bool transposed, Cluster cluster,
+                  cudaStream_t stream);
 
 }  // namespace rlnas

@@ -1,12 +1,15 @@
-// y = x (W o M)^T on sm_90a: live tiles arrive by bulk copies, bits are applied on the way to the tensor cores.
+// y = x (W o M)^T on sm_90a: live tiles arrive by bulk copies, bits are applied on the way to the tensor
+// cores.
 //
-// A block makes y^T for kRows features by kBatch samples.  Warp 8 copies 64 in-features at a time of W and x into a
-// ring; two warpgroups multiply.  W is the left operand and passes through registers, where one prmt an operand
-// register turns two mask bits into an AND mask: the mask costs no tensor-core time and 1/16 of the weight's bytes.
+// A block makes y^T for kRows features by kBatch samples.  Warp 8 copies 64 in-features at a time of W and x
+// into a ring; two warpgroups multiply.  W is the left operand and passes through registers, where one prmt
+// an operand register turns two mask bits into an AND mask: the mask costs no tensor-core time and 1/16 of
+// the weight's bytes.
 //
 // L2 feeds about 40 bytes a cycle and multiprocessor, less than such blocks read, so blocks form clusters of
-// `along_batch` x `along_rows`: those with the same rows each copy a part of W to all of them, and where every tile of
-// their rows lives, so that all step alike, those with the same samples each copy a part of x to all of them.
+// `along_batch` x `along_rows`: those with the same rows each copy a part of W to all of them, and where
+// every tile of their rows lives, so that all step alike, those with the same samples each copy a part of x
+// to all of them.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -21,9 +24,9 @@
 namespace rlnas {
 namespace {
 
-constexpr int kStep = 64;                     // in-features of a copy: 128 bytes, the swizzle's row
+constexpr int kStep = 64;  // in-features of a copy: 128 bytes, the swizzle's row
 constexpr int kConsumers = 256, kThreads = kConsumers + 32;
-constexpr int kRing = 200 * 1024;             // bytes of shared memory at most
+constexpr int kRing = 200 * 1024;  // bytes of shared memory at most
 constexpr int kRowBytes = kStep * 2;
 
 template <int kRows>
@@ -32,13 +35,13 @@ struct Shape {
   static constexpr int kWeightBytes = kRows * kRowBytes, kInputBytes = kBatch * kRowBytes;
   static constexpr int kStageBytes = kWeightBytes + kInputBytes;
   static constexpr int kStages = kRing / kStageBytes;
-  static constexpr int kPitch = kRows + 8;    // of the result's tile; the padding avoids bank conflicts
+  static constexpr int kPitch = kRows + 8;  // of the result's tile; the padding avoids bank conflicts
   static constexpr int kSharedBytes = kStages * kStageBytes + 1024;
 };
 
-// How a block learns what to read.  kTiles: from the lists, tiles being whole.  kBits: from the lists, and the bits say
-// what is kept inside.  kScan, for tiles of any size: it looks through the states of its rows for columns with a live
-// tile, and masks by state as well as by bits.
+// How a block learns what to read.  kTiles: from the lists, tiles being whole.  kBits: from the lists, and
+// the bits say what is kept inside.  kScan, for tiles of any size: it looks through the states of its rows
+// for columns with a live tile, and masks by state as well as by bits.
 enum class Mode { kTiles, kBits, kScan };
 constexpr int kMaxSteps = 1024;  // of a scan
 
@@ -48,7 +51,8 @@ struct Bits {
   int row_words;
 };
 
-// The product's two feature axes, in the words of a reader of the weight by rows; the gradient to x reads by columns.
+// The product's two feature axes, in the words of a reader of the weight by rows; the gradient to x reads by
+// columns.
 struct Axes {
   int outs, ins, tile_outs, tile_ins, in_tiles;
   const int32_t *count, *list, *scatter;
@@ -56,7 +60,9 @@ struct Axes {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+__device__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
 
 __device__ void barrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
@@ -76,12 +82,14 @@ __device__ void cluster_sync() {
 }
 
 __device__ void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
 }
 
 __device__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra "
+      "again;\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
@@ -97,12 +105,14 @@ __device__ void copy_box(uint32_t target, const CUtensorMap* map, int column, in
     return;
   }
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+      "[%4];" ::"r"(target),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
 
-// Keeps an operand of wgmma where it is until here: the tensor cores read and write registers behind the compiler's back.
+// Keeps an operand of wgmma where it is until here: the tensor cores read and write registers behind the
+// compiler's back.
 template <int kCount>
 __device__ void hold(uint32_t (&values)[kCount]) {
 #pragma unroll
@@ -184,21 +194,24 @@ __device__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
 // 64 rows of 16 in-features times 16 in-features of 128 samples.
 template <typename T>
 __device__ void multiply(float (&d)[64], const uint32_t* a, uint64_t b) {
-#define RLNAS_WGMMA(TYPE)                                                                                              \
-  asm volatile(                                                                                                        \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                                                     \
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
-      "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"   \
-      "%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"                                          \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),    \
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),         \
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),        \
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),        \
-        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),        \
-        "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),        \
-        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),        \
-        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])                      \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define RLNAS_WGMMA(TYPE)                                                                                   \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                                 \
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%"  \
+               "24,%25,%26,%27,%28,"                                                                        \
+               "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%"  \
+               "51,%52,%53,%54,%55,"                                                                        \
+               "%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"                      \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),        \
+                 "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),    \
+                 "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), \
+                 "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), \
+                 "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), \
+                 "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), \
+                 "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), \
+                 "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
+                 "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), \
+                 "+f"(d[63])                                                                                \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
   if constexpr (__is_same(T, __half)) {
     RLNAS_WGMMA("f16");
   } else {
@@ -212,8 +225,8 @@ __device__ uint64_t descriptor(uint32_t address) {
   return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-// The left operand's registers for one step: 16 out-features a warp, 64 in-features.  Read by columns, the tile is
-// 64 in-features by 64 out-features, once or twice, and ldmatrix transposes.
+// The left operand's registers for one step: 16 out-features a warp, 64 in-features.  Read by columns, the
+// tile is 64 in-features by 64 out-features, once or twice, and ldmatrix transposes.
 template <bool kTransposed, bool kBits>
 __device__ void load_weights(uint32_t (&a)[16], uint32_t tile, int first_out, uint2 bits, uint2 bits_below) {
   const int lane = threadIdx.x % 32;
@@ -237,7 +250,8 @@ __device__ void load_weights(uint32_t (&a)[16], uint32_t tile, int first_out, ui
     }
   }
   if constexpr (kBits) {
-    // Shifted so that this thread's columns 8 m + 2 t and 8 m + 2 t + 1 are the signs of byte m; prmt spreads signs.
+    // Shifted so that this thread's columns 8 m + 2 t and 8 m + 2 t + 1 are the signs of byte m; prmt spreads
+    // signs.
     const int t = lane % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -276,7 +290,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   using S = Shape<kRows>;
   constexpr bool kBits = kMode != Mode::kTiles;
   extern __shared__ uint8_t unaligned[];
-  uint8_t* const shared = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) & ~uintptr_t{1023});
+  uint8_t* const shared =
+      reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) & ~uintptr_t{1023});
   __shared__ uint64_t barriers[2 * S::kStages];
   const uint32_t ring = shared_address(shared);
   const uint32_t full = shared_address(barriers), empty = full + 8 * S::kStages;
@@ -291,7 +306,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     __shared__ int counts[8];
     if (warp < along_rows) {
       const int row = (blockIdx.y - block_row + warp) * kRows;
-      const int count = row < axes.outs ? scan(warp == block_row ? columns : nullptr, bits.state, axes, row, kRows) : 0;
+      const int count =
+          row < axes.outs ? scan(warp == block_row ? columns : nullptr, bits.state, axes, row, kRows) : 0;
       if (lane == 0) counts[warp] = count;
     }
     __syncthreads();
@@ -325,8 +341,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp == kConsumers / 32) {
     if (lane == 0) {
       uint32_t same_samples = 0;
-      for (int other = 0; other < along_rows; ++other) same_samples |= 1u << (other * along_batch + block_batch);
-      const int part_rows = (kTransposed ? kStep : kRows) / along_batch, part_samples = S::kBatch / along_rows;
+      for (int other = 0; other < along_rows; ++other)
+        same_samples |= 1u << (other * along_batch + block_batch);
+      const int part_rows = (kTransposed ? kStep : kRows) / along_batch,
+                part_samples = S::kBatch / along_rows;
       Walk walk{tiles, tile_ins};
       Turn<S::kStages> turn;
       for (int step = 0; step < steps; ++step, walk.advance(), turn.advance()) {
@@ -343,11 +361,12 @@ __global__ void __launch_bounds__(kThreads, 1)
                      column + first_part, barrier, readers);
           }
         } else {
-          copy_box(target + first_part * kRowBytes, &weight_map, column, first_row + first_part, barrier, readers);
+          copy_box(target + first_part * kRowBytes, &weight_map, column, first_row + first_part, barrier,
+                   readers);
         }
         for (int part = share_x ? block_row : 0; part < (share_x ? block_row + 1 : along_rows); ++part) {
-          copy_box(inputs + part * part_samples * kRowBytes, &input_map, column, first_sample + part * part_samples,
-                   barrier, share_x ? same_samples : 0);
+          copy_box(inputs + part * part_samples * kRowBytes, &input_map, column,
+                   first_sample + part * part_samples, barrier, share_x ? same_samples : 0);
         }
       }
     }
@@ -365,8 +384,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   Walk walk{tiles, tile_ins};
   const uint32_t* const upper_words = bits.words + upper_row * static_cast<int64_t>(bits.row_words);
   const uint32_t* const lower_words = bits.words + lower_row * static_cast<int64_t>(bits.row_words);
-  const uint8_t* const upper_state = bits.state + upper_row / axes.tile_outs * static_cast<int64_t>(axes.in_tiles);
-  const uint8_t* const lower_state = bits.state + lower_row / axes.tile_outs * static_cast<int64_t>(axes.in_tiles);
+  const uint8_t* const upper_state =
+      bits.state + upper_row / axes.tile_outs * static_cast<int64_t>(axes.in_tiles);
+  const uint8_t* const lower_state =
+      bits.state + lower_row / axes.tile_outs * static_cast<int64_t>(axes.in_tiles);
   auto read_bits = [&](int step, uint2& upper, uint2& lower) {
     upper = lower = make_uint2(0, 0);
     if (step >= steps) return;
@@ -403,7 +424,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   Turn<S::kStages> turn;
   for (int step = 0; step < steps; ++step) {
     const int stage = turn.stage;
-    const uint64_t right = descriptor(ring + stage * S::kStageBytes + S::kWeightBytes + group_sample * kRowBytes);
+    const uint64_t right =
+        descriptor(ring + stage * S::kStageBytes + S::kWeightBytes + group_sample * kRowBytes);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < 4; ++k) multiply<T>(d, a + 4 * k, right + 2 * k);
@@ -446,7 +468,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t target = shared_address(result + sample * S::kPitch + warp_row + lane / 8 % 2 * 8);
     const float* v = d + 4 * block;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target),
-                 "r"(pack<T>(v[0], v[1])), "r"(pack<T>(v[2], v[3])), "r"(pack<T>(v[4], v[5])), "r"(pack<T>(v[6], v[7]))
+                 "r"(pack<T>(v[0], v[1])), "r"(pack<T>(v[2], v[3])), "r"(pack<T>(v[4], v[5])),
+                 "r"(pack<T>(v[6], v[7]))
                  : "memory");
   }
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
@@ -456,7 +479,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int item = threadIdx.x; item < S::kBatch * kPieces; item += kConsumers) {
       const int sample = item / kPieces, feature = item % kPieces * 8;
       if (first_sample + sample >= batch || first_row + feature >= axes.outs) continue;
-      *reinterpret_cast<uint4*>(y + (first_sample + sample) * static_cast<int64_t>(axes.outs) + first_row + feature) =
+      *reinterpret_cast<uint4*>(y + (first_sample + sample) * static_cast<int64_t>(axes.outs) + first_row +
+                                feature) =
           *reinterpret_cast<const uint4*>(result + sample * S::kPitch + feature);
     }
   } else {
@@ -464,7 +488,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int sample = item / kRows, row = first_row + item % kRows;
       if (first_sample + sample >= batch || row >= axes.outs) continue;
       const int feature = axes.scatter ? axes.scatter[row] : row;
-      y[(first_sample + sample) * static_cast<int64_t>(axes.outs) + feature] = result[sample * S::kPitch + item % kRows];
+      y[(first_sample + sample) * static_cast<int64_t>(axes.outs) + feature] =
+          result[sample * S::kPitch + item % kRows];
     }
   }
   cluster_sync();
@@ -477,38 +502,43 @@ using Encode = decltype(&cuTensorMapEncodeTiled);
 Encode find_encode() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult result;
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+  const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                              cudaEnableDefault, &result);
   if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) {
     throw std::runtime_error("masked_matmul: the driver has no cuTensorMapEncodeTiled");
   }
   return reinterpret_cast<Encode>(function);
 }
 
-CUtensorMap matrix_map(const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows, Element element) {
+CUtensorMap matrix_map(const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows,
+                       Element element) {
   static const Encode encode = find_encode();
   CUtensorMap map;
   const cuuint64_t extent[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(stride) * 2};
   const cuuint32_t box[2] = {kStep, static_cast<cuuint32_t>(box_rows)}, every[2] = {1, 1};
-  const auto type = element == Element::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult status =
-      encode(&map, type, 2, const_cast<void*>(data), extent, pitch, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) throw std::runtime_error("masked_matmul: tensor map refused, code " + std::to_string(status));
+  const auto type =
+      element == Element::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult status = encode(&map, type, 2, const_cast<void*>(data), extent, pitch, box, every,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS)
+    throw std::runtime_error("masked_matmul: tensor map refused, code " + std::to_string(status));
   return map;
 }
 
 template <typename T, int kRows, bool kTransposed, Mode kMode>
-void launch(const ProductPointers& p, const MaskPointers& mask, const MaskSizes& sizes, int batch, int64_t x_stride,
-            Element element, Cluster cluster, cudaStream_t stream) {
+void launch(const ProductPointers& p, const MaskPointers& mask, const MaskSizes& sizes, int batch,
+            int64_t x_stride, Element element, Cluster cluster, cudaStream_t stream) {
   using S = Shape<kRows>;
-  const Axes axes = kTransposed ? Axes{sizes.columns, sizes.rows, sizes.tile_columns, sizes.tile_rows, sizes.row_tiles,
-                                       mask.column_count, mask.column_list, mask.input_permutation}
-                                : Axes{sizes.rows, sizes.columns, sizes.tile_rows, sizes.tile_columns, sizes.column_tiles,
-                                       mask.row_count, mask.row_list, mask.output_permutation};
+  const Axes axes = kTransposed
+                        ? Axes{sizes.columns,   sizes.rows,        sizes.tile_columns, sizes.tile_rows,
+                               sizes.row_tiles, mask.column_count, mask.column_list,   mask.input_permutation}
+                        : Axes{sizes.rows,         sizes.columns,  sizes.tile_rows, sizes.tile_columns,
+                               sizes.column_tiles, mask.row_count, mask.row_list,   mask.output_permutation};
   const int blocks_x = (batch + S::kBatch - 1) / S::kBatch, blocks_y = (axes.outs + kRows - 1) / kRows;
-  if (cluster.along_batch == 0) cluster = {blocks_x >= 4 ? 4 : blocks_x >= 2 ? 2 : 1, kMode == Mode::kTiles ? 1 : 2};
+  if (cluster.along_batch == 0)
+    cluster = {blocks_x >= 4 ? 4 : blocks_x >= 2 ? 2 : 1, kMode == Mode::kTiles ? 1 : 2};
   const int width = cluster.along_batch, height = cluster.along_rows;
   const CUtensorMap weight = matrix_map(p.weight, sizes.rows, sizes.columns, sizes.columns,
                                         (kTransposed ? kStep : kRows) / width, element);
@@ -531,17 +561,19 @@ void launch(const ProductPointers& p, const MaskPointers& mask, const MaskSizes&
     const Bits bits{mask.bits, mask.state, sizes.words};
     status = cudaLaunchKernelEx(&config, kernel, weight, input, p, bits, axes, batch, width, height);
   }
-  if (status != cudaSuccess) throw std::runtime_error(std::string("masked_matmul: ") + cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("masked_matmul: ") + cudaGetErrorString(status));
 }
 
 template <typename T>
-void choose(const ProductPointers& p, const MaskPointers& mask, const MaskSizes& sizes, int batch, int64_t x_stride,
-            Element element, bool transposed, Cluster cluster, cudaStream_t stream) {
+void choose(const ProductPointers& p, const MaskPointers& mask, const MaskSizes& sizes, int batch,
+            int64_t x_stride, Element element, bool transposed, Cluster cluster, cudaStream_t stream) {
   const bool wide = (transposed ? sizes.tile_columns : sizes.tile_rows) % 128 == 0;
   auto chosen = launch<T, 128, false, Mode::kScan>;
   if (sizes.tile_rows % 64 == 0 && sizes.tile_columns % 64 == 0) {
-    const auto by_rows = wide ? (mask.bits ? launch<T, 128, false, Mode::kBits> : launch<T, 128, false, Mode::kTiles>)
-                              : (mask.bits ? launch<T, 64, false, Mode::kBits> : launch<T, 64, false, Mode::kTiles>);
+    const auto by_rows =
+        wide ? (mask.bits ? launch<T, 128, false, Mode::kBits> : launch<T, 128, false, Mode::kTiles>)
+             : (mask.bits ? launch<T, 64, false, Mode::kBits> : launch<T, 64, false, Mode::kTiles>);
     const auto by_columns = wide ? launch<T, 128, true, Mode::kTiles> : launch<T, 64, true, Mode::kTiles>;
     chosen = transposed ? by_columns : by_rows;
   }
@@ -550,8 +582,9 @@ void choose(const ProductPointers& p, const MaskPointers& mask, const MaskSizes&
 
 }  // namespace
 
-void hopper_tiles(const ProductPointers& pointers, const MaskPointers& mask, const MaskSizes& sizes, int batch,
-                  int64_t x_stride, Element element, bool transposed, Cluster cluster, cudaStream_t stream) {
+void hopper_tiles(const ProductPointers& pointers, const MaskPointers& mask, const MaskSizes& sizes,
+                  int batch, int64_t x_stride, Element element, bool transposed, Cluster cluster,
+                  cudaStream_t stream) {
   const auto chosen = element == Element::kFloat16 ? choose<__half> : choose<__nv_bfloat16>;
   chosen(pointers, mask, sizes, batch, x_stride, element, transposed, cluster, stream);
 }
