@@ -129,3 +129,20 @@ def _backward_fake(
 
 _forward_op = torch.ops.rlnas_fast.concatenation_attention.default
 _backward_op = torch.ops.rlnas_fast.concatenation_attention_backward.default
+
+
+def _register_flops() -> None:
+    """The sweeps alone: two multiply-adds a key and channel and a query and channel; sorting has none."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    def forward_flops(a: list[int], b: list[int], g: list[int], *_: object, **__: object) -> int:
+        return 4 * g[0] * g[2] * (a[1] + b[1])
+
+    def backward_flops(grad_y: list[int], a: list[int], b: list[int], *_: object, **__: object) -> int:
+        return 10 * grad_y[0] * grad_y[2] * (a[1] + b[1])
+
+    register_flop_formula(torch.ops.rlnas_fast.concatenation_attention)(forward_flops)
+    register_flop_formula(torch.ops.rlnas_fast.concatenation_attention_backward)(backward_flops)
+
+
+_register_flops()
