@@ -1,5 +1,6 @@
 """Kernels behind functions: schema, checks, fake, autograd, backends."""
 
-from rlnas_fast.ops.nonlocal_attention import nonlocal_attention, nonlocal_block
+from .masked_matmul import TileMask, masked_matmul
+from .nonlocal_attention import nonlocal_attention, nonlocal_block
 
-__all__ = ["nonlocal_attention", "nonlocal_block"]
+__all__ = ["TileMask", "masked_matmul", "nonlocal_attention", "nonlocal_block"]
