@@ -36,7 +36,7 @@ class MaskedConv2d(MaskedWeight):
     """
 
     def __init__(
-        self, convolution: nn.Conv2d, mask: TileMask | None = None, *, backend: str = "auto"
+        self, convolution: nn.Conv2d, mask: TileMask | torch.Tensor | None = None, *, backend: str = "auto"
     ) -> None:
         if convolution.groups != 1 or convolution.padding_mode != "zeros":
             raise ConfigError(
@@ -61,7 +61,7 @@ class MaskedConv2d(MaskedWeight):
 
     @classmethod
     def from_dense(
-        cls, convolution: nn.Conv2d, mask: TileMask | None = None, *, backend: str = "auto"
+        cls, convolution: nn.Conv2d, mask: TileMask | torch.Tensor | None = None, *, backend: str = "auto"
     ) -> MaskedConv2d:
         """Makes the masked form of a trained layer (the same as calling the class)."""
         return cls(convolution, mask, backend=backend)

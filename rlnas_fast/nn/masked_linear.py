@@ -26,12 +26,16 @@ class MaskedWeight(nn.Module):
 
     Args:
         weight: [N, K].
-        mask: its mask, on the same device; its tensors become the module's.
+        mask: its mask, on the same device, whose tensors become the module's; or a bool tensor [N, K].
         bias: [N] or None.
     """
 
-    def __init__(self, weight: torch.Tensor, mask: TileMask, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, mask: TileMask | torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
         super().__init__()
+        if isinstance(mask, torch.Tensor):
+            mask = TileMask.from_dense(mask)
         if mask.shape != tuple(weight.shape):
             raise ShapeError(f"mask must be {list(weight.shape)} like the weight, got {list(mask.shape)}")
         self.weight = nn.Parameter(weight)
@@ -132,7 +136,7 @@ class MaskedLinear(MaskedWeight):
         self,
         in_features: int,
         out_features: int,
-        mask: TileMask | None = None,
+        mask: TileMask | torch.Tensor | None = None,
         *,
         bias: bool = True,
         device: torch.device | str | None = None,
@@ -143,7 +147,7 @@ class MaskedLinear(MaskedWeight):
         super().__init__(dense.weight.detach(), mask, None if dense.bias is None else dense.bias.detach())
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, mask: TileMask | None = None) -> MaskedLinear:
+    def from_dense(cls, linear: nn.Linear, mask: TileMask | torch.Tensor | None = None) -> MaskedLinear:
         """Makes the masked form of a trained layer; it computes the same where the mask keeps.
 
         The weight is copied.  With permutations in the mask it is gathered, so that with every weight kept

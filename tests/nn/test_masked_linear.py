@@ -120,3 +120,12 @@ def test_plan_names_a_kernel():
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ShapeError, match=r"mask must be \[24, 40\]"):
         MaskedLinear(40, 24, TileMask((40, 24)))
+
+
+def test_a_bool_tensor_is_a_mask_too() -> None:
+    linear = torch.nn.Linear(40, 24)
+    keep = torch.rand(24, 40) < 0.3
+    layer = MaskedLinear.from_dense(linear, keep)
+    x = torch.randn(5, 40)
+    expected = torch.nn.functional.linear(x, linear.weight * keep, linear.bias)
+    torch.testing.assert_close(layer(x), expected)
