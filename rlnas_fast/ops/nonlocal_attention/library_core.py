@@ -64,7 +64,7 @@ def attention_backward(
         leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
         again = F.scaled_dot_product_attention(*(leaf.unsqueeze(1) for leaf in leaves), scale=1.0).squeeze(1)
         gquery, gkey, gvalue = torch.autograd.grad(again, leaves, grad_mean)
-    return gquery, gkey, gvalue
+    return gquery.contiguous(), gkey.contiguous(), gvalue.contiguous()
 
 
 def _exact_backward(

@@ -179,7 +179,7 @@ def key_tiles(depth: int, width: int, dtype: torch.dtype, precision: str) -> Til
     channels = max(chunk(depth), chunk(width))
     if dtype is torch.float32:
         return Tiles(32, 32, 4, 1) if channels <= 128 else Tiles(32, 16, 8, 1)
-    return {256: Tiles(64, 32, 8, 2), 128: Tiles(64, 64, 4, 2)}.get(channels, Tiles(64, 32, 4, 2))
+    return Tiles(64, 16, 8, 2) if channels == 256 else Tiles(64, 32, 4, 2)
 
 
 @functools.lru_cache(maxsize=4096)
