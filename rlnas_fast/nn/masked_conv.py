@@ -55,7 +55,7 @@ class MaskedConv2d(MaskedWeight):
         self.stride, self.dilation = _pair(convolution.stride), _pair(convolution.dilation)
         self.padding = _padding(convolution)
         self.backend = backend
-        if self.kernel_size != (1, 1) and mask.tensors.input_permutation is not None:
+        if self.kernel_size != (1, 1) and self.mask.tensors.input_permutation is not None:
             raise ConfigError(f"an input permutation needs a 1 x 1 kernel, got {tuple(self.kernel_size)}")
         self._take(matrix, bias)
 
