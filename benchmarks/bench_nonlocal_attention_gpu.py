@@ -33,7 +33,8 @@ from rlnas_fast.ops.nonlocal_attention import nonlocal_block
 INPUT_SETS = 4
 # In complete runs one of these was the fastest peer of every row.
 LEADERS = {
-    "sdpa_linear", "sdpa_linear compiled", "flex compiled", "softmax_product compiled", "wide", "wide compiled",
+    "sdpa_linear", "sdpa_linear compiled", "flex compiled", "softmax_product compiled", "wide",
+    "wide compiled",
 }  # fmt: skip
 SOFTMAX = [
     Case(64, 64, 14), Case(64, 64, 14, True), Case(32, 256, 28), Case(32, 256, 28, True), Case(8, 512, 56),
@@ -101,7 +102,7 @@ def usable(calls: dict[str, list[Callable[[], object]]]) -> dict[str, list[Calla
 
 
 def measure(only: str, compiled: bool, leaders: bool, keep: Callable[[list[Row]], None]) -> list[Row]:
-    """Measures every row; ``keep`` gets the rows so far after each, so that an interrupted run leaves some."""
+    """Measures every row; ``keep`` gets the rows so far, so that an interrupted run leaves some."""
     rows: list[Row] = []
 
     def chosen(peers: dict[str, Block]) -> dict[str, Block]:

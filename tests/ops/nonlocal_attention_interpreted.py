@@ -8,7 +8,7 @@ from __future__ import annotations
 import nonlocal_attention_gpu_cases as cases
 import torch
 
-from rlnas_fast.ops.nonlocal_attention import triton_block, triton_kernels
+from rlnas_fast.ops.nonlocal_attention import reference, triton_block, triton_dot, triton_kernels
 
 # Sums of a few hundred terms: float32 stays under 3e-5; float16 rounds operands and results at 2^-11.
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 4e-3}
@@ -75,9 +75,35 @@ def check_block() -> None:
         compare(f"block {number}", found, wanted, torch.float32)
 
 
+def check_inference() -> None:
+    """The block in one launch, which real shapes reach in 16 bits only, and the dot product in three."""
+    triton_block.use_small = lambda *_: True
+    for number, (shape, pool, layout) in enumerate(
+        [
+            ((2, 6, 5, 7), None, "contiguous"),
+            ((2, 20, 9, 10), (2, 2), "channels_last"),
+            ((1, 17, 3, 4, 5), (1, 2, 2), "sliced"),
+        ]
+    ):
+        torch.manual_seed(number)
+        x = cases.laid_out(shape, layout, torch.float32, "cpu")
+        weights = cases.projections(shape[1], 9, 5, number != 2, torch.float32, "cpu")
+        operands = [None if each is None else each.double() for each in (x, *weights)]
+        found = (
+            triton_block.block_forward(x, weights, pool=pool, residual=True, save=False)[0],
+            triton_dot.block_forward(x, weights, pool=pool, residual=True),
+        )
+        wanted = tuple(
+            reference.nonlocal_block(*operands[:5], biases=tuple(operands[5:]), kind=kind, pool=pool)
+            for kind in ("embedded_gaussian", "dot_product")
+        )
+        compare(f"inference {number}", found, wanted, torch.float32)
+
+
 if __name__ == "__main__":
     check_attention()  # float32 as exact products: the libraries' path
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # the kernels; the interpreter multiplies exactly
     check_attention()
     check_block()
+    check_inference()
     print("interpreted")

@@ -347,6 +347,29 @@ def test_hopper_build_of_the_block(pool: tuple[int, int] | None) -> None:
         assert built.wgmma > 0
 
 
+@pytest.mark.parametrize("pool", [None, (2, 2)], ids=["full", "pooled"])
+def test_hopper_build_of_the_inference_paths(pool: tuple[int, int] | None) -> None:
+    half, single = torch.bfloat16, torch.float32
+
+    def signature(batch: int, channels: int, side: int) -> tuple[object, ...]:
+        strides = (channels * side**2, 1, channels * side, channels)
+        shape, inner = (batch, channels, side, side), channels // 2
+        return (shape, strides, half, "tf32", inner, inner, pool, True, True, True, 0, True)
+
+    dot = triton_dot._plan(*signature(32, 256, 28))
+    launches = [
+        (triton_block._forward_plan(*signature(64, 64, 14), False).small, [half] * 10),
+        (triton_block._forward_plan(*signature(32, 256, 28), False).finish, [half] * 5),
+        (dot.moments, [*[half] * 5, single]),
+        (dot.fold, [single, half, half]),
+        (dot.apply, [half] * 6),
+    ]
+    for launch, dtypes in launches:
+        built = cases.compile_for_hopper(launch, dtypes)
+        assert built.stack_bytes == 0
+        assert built.wgmma > 0
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_cuda_source_spills_nothing(tmp_path: Path) -> None:
     import sysconfig

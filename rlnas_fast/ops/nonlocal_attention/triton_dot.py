@@ -11,6 +11,7 @@ Source: Wang et al., Non-local Neural Networks (2018), eq. 4, reassociated.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,8 @@ def _plan(
     geometry = _geometry(shape, strides, pool)
     output = _geometry(shape, _dense_like(shape, strides), pool)
     positions, keys = geometry.positions, geometry.keys
-    block_d, block_e = min(128, chunk(depth)), min(128, chunk(width))
+    pooled = math.prod(geometry.pool) > 1  # the largest values so far need registers too
+    block_d, block_e = min(128, chunk(depth)), min(64 if pooled else 128, chunk(width))
     warps = 8 if max(block_d, block_e) == 128 else 4
     tiles = triton.cdiv(keys, 64)
     pairs = triton.cdiv(depth, block_d) * triton.cdiv(width, block_e)
