@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import TracebackType
 
@@ -322,7 +323,11 @@ def _environment(threads: int) -> Iterator[None]:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """A worker inherits the mask: Ctrl-C reaches the parent alone, which then ends its workers."""
+    """A worker inherits the mask: Ctrl-C reaches the parent alone, which then ends its workers.
+
+    The resource tracker unblocks SIGINT when it starts, so it is started first.
+    """
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
