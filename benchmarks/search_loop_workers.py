@@ -171,7 +171,7 @@ def macro_rows() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         result = run(
-            space="macro-cnn",
+            space={"name": "macro-cnn", "width": 64},
             task={"name": "fashion-mnist", "train_size": 10_000},  # and 2,500 to validate
             reward="accuracy",
             trials=16,
