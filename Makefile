@@ -51,7 +51,7 @@ crash-test: $(TEST)
 	$(PY) benchmarks/crash_test.py $(ARGS)
 
 sanitize: $(TEST)
-	scripts/sanitize.sh $(PY)
+	PYTHON=$(PY) scripts/sanitize.sh $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info rlnas_fast/*.so
