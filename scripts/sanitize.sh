@@ -17,7 +17,7 @@ cmake --build "$build"
 libasan=$(${CXX:-g++} -print-file-name=libasan.so)
 libubsan=$(${CXX:-g++} -print-file-name=libubsan.so)
 libstdcxx=$(${CXX:-g++} -print-file-name=libstdc++.so)
-[ $# -gt 0 ] || set -- tests/ops -k "not compile and not gradcheck and not finite"
+[ $# -gt 0 ] || set -- tests/ops -k "not compile and not gradcheck and not finite and not gpu"
 # Python and PyTorch leak by design; PyTorch's own code is not instrumented.
 LD_PRELOAD="$libasan $libubsan $libstdcxx" \
   ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
