@@ -13,6 +13,7 @@ from ..rl.baselines import MovingAverage, ema_advantages
 from ..rl.losses import clipped_loss, value_loss
 from ..rl.policies import Choices, RecurrentPolicy
 from ..rl.returns import final_rewards, generalised_advantages
+from ..rl.schedules import schedule
 from ..rl.threads import one_torch_thread
 from ..search import Architecture, SearchContext, SearchSpace, Trial
 from .novelty import Novelty
@@ -38,7 +39,8 @@ class PPO:
         group: how many trials are told between two updates.
         epochs: steps of Adam on each group.
         clip: how far the probability of a decision may move, as a ratio.
-        entropy_weight: nats of entropy a decision are worth this many deviations of the reward.
+        entropy_weight: nats of entropy a decision are worth this many deviations of the reward; a number or a
+            schedule "start:end:trials".
         value_head: learns the expected reward before each decision as the baseline; without it the
             moving average is the baseline.
         value_weight: of the value head's loss.
@@ -46,7 +48,7 @@ class PPO:
         baseline_decay: weight of the past in the moving average.
         temperature: divides the logits.
         tanh_constant: bounds the logits to +- this; 0 leaves them free.
-        epsilon: probability of a uniform draw at each decision.
+        epsilon: probability of a uniform draw at each decision; a number or a schedule.
     """
 
     def __init__(
@@ -61,18 +63,17 @@ class PPO:
         group: int = 10,
         epochs: int = 10,
         clip: float = 0.2,
-        entropy_weight: float = 0.01,
+        entropy_weight: float | str = 0.01,
         value_head: bool = False,
         value_weight: float = 0.5,
         trace: float = 0.95,
         baseline_decay: float = 0.9,
         temperature: float = 1.0,
         tanh_constant: float = 2.5,
-        epsilon: float = 0.0,
+        epsilon: float | str = 0.0,
     ) -> None:
-        for name, value in (("trace", trace), ("epsilon", epsilon)):
-            if not 0 <= value <= 1:
-                raise ConfigError(f"{name} = {value}: give a number from 0 to 1")
+        if not 0 <= trace <= 1:
+            raise ConfigError(f"trace = {trace}: give a number from 0 to 1")
         for name, value in (("clip", clip), ("baseline_decay", baseline_decay)):
             if not 0 <= value < 1 or (name == "clip" and value == 0):
                 raise ConfigError(f"{name} = {value}: give a number between 0 and 1")
@@ -80,10 +81,8 @@ class PPO:
             raise ConfigError(
                 f"learning_rate = {learning_rate}, group = {group}, epochs = {epochs}: all must be above 0"
             )
-        if entropy_weight < 0 or value_weight < 0:
-            raise ConfigError(
-                f"entropy_weight = {entropy_weight}, value_weight = {value_weight}: neither may be below 0"
-            )
+        if value_weight < 0:
+            raise ConfigError(f"value_weight = {value_weight}: give at least 0")
         self._space = space
         self._generator = torch.Generator().manual_seed(seed)
         self._novelty = Novelty(space, np.random.default_rng(seed), allow_repeats=allow_repeats)
@@ -100,24 +99,28 @@ class PPO:
         self._group = group
         self._epochs = epochs
         self._clip = clip
-        self._entropy_weight = entropy_weight
+        self._entropy_weight = schedule("entropy_weight", entropy_weight)
         self._value_weight = value_weight
         self._trace = trace
         self._baseline_decay = baseline_decay
-        self._epsilon = epsilon
+        self._epsilon = schedule("epsilon", epsilon, high=1)
+        self._asked = self._told = 0
         self._average = MovingAverage()
         self._waiting: list[tuple[Choices, float]] = []
 
     @one_torch_thread()
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
         """``count`` new architectures from the policy; fewer only when the space has no more."""
-        return self._novelty.fill(count, self._draw)
+        asked = self._novelty.fill(count, self._draw)
+        self._asked += len(asked)
+        return asked
 
     @one_torch_thread()
     def tell(self, trials: Sequence[Trial]) -> None:
         """Updates the policy whenever a group is full; trials it never asked for count like its own."""
         self._novelty.tell(trials)
         for trial in trials:
+            self._told += 1
             self._waiting.append((trial.architecture.choices, trial.reward))
             if len(self._waiting) == self._group:
                 group, self._waiting = self._waiting, []
@@ -133,10 +136,11 @@ class PPO:
         with torch.no_grad():
             old = self._policy(episodes)
             advantages, returns = self._advantages(relative, episodes.lengths, old.values, present)
+        entropy_weight = self._entropy_weight.at(self._told)
         for _ in range(self._epochs):
             scored = self._policy(episodes)
             loss = clipped_loss(scored.log_probs, old.log_probs, advantages, present, clip=self._clip)
-            loss = loss - self._entropy_weight * scored.entropies.sum() / present.sum()
+            loss = loss - entropy_weight * scored.entropies.sum() / present.sum()
             if scored.values is not None:
                 loss = loss + self._value_weight * value_loss(scored.values, returns, present)
             self._optimizer.zero_grad()
@@ -161,6 +165,6 @@ class PPO:
             self._space.is_complete,
             self._generator,
             flatten=2.0**attempt,
-            epsilon=self._epsilon,
+            epsilon=self._epsilon.at(self._asked),
         )
         return [Architecture(self._space.name, sequence) for sequence in sequences]

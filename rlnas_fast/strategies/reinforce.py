@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..rl.baselines import MovingAverage, ema_advantages
 from ..rl.losses import reinforce_loss
 from ..rl.policies import Choices, RecurrentPolicy
+from ..rl.schedules import schedule
 from ..rl.threads import one_torch_thread
 from ..search import Architecture, SearchContext, SearchSpace, Trial
 from .novelty import Novelty
@@ -34,11 +35,12 @@ class Reinforce:
         cell: "lstm" or "gru".
         hidden: width of the controller.
         learning_rate: of Adam.
-        entropy_weight: nats of entropy are worth this many deviations of the reward.
+        entropy_weight: nats of entropy are worth this many deviations of the reward; a number or a schedule
+            "start:end:trials".
         baseline_decay: weight of the past in the moving average.
         temperature: divides the logits.
         tanh_constant: bounds the logits to +- this; 0 leaves them free.
-        epsilon: probability of a uniform draw at each decision.
+        epsilon: probability of a uniform draw at each decision; a number or a schedule.
     """
 
     def __init__(
@@ -50,21 +52,16 @@ class Reinforce:
         cell: str = "lstm",
         hidden: int = 64,
         learning_rate: float = 0.01,
-        entropy_weight: float = 0.01,
+        entropy_weight: float | str = 0.01,
         baseline_decay: float = 0.9,
         temperature: float = 1.0,
         tanh_constant: float = 2.5,
-        epsilon: float = 0.0,
+        epsilon: float | str = 0.0,
     ) -> None:
         if not 0 <= baseline_decay < 1:
             raise ConfigError(f"baseline_decay = {baseline_decay}: give a number from 0 to below 1")
-        if not 0 <= epsilon <= 1:
-            raise ConfigError(f"epsilon = {epsilon}: give a probability")
-        if learning_rate <= 0 or entropy_weight < 0:
-            raise ConfigError(
-                f"learning_rate = {learning_rate} must be above 0, entropy_weight = {entropy_weight} at "
-                "least 0"
-            )
+        if learning_rate <= 0:
+            raise ConfigError(f"learning_rate = {learning_rate}: give a number above 0")
         self._space = space
         self._generator = torch.Generator().manual_seed(seed)
         self._novelty = Novelty(space, np.random.default_rng(seed), allow_repeats=allow_repeats)
@@ -77,9 +74,10 @@ class Reinforce:
             generator=self._generator,
         )
         self._optimizer = torch.optim.Adam(self._policy.parameters(), lr=learning_rate, fused=True)
-        self._entropy_weight = entropy_weight
+        self._entropy_weight = schedule("entropy_weight", entropy_weight)
         self._baseline_decay = baseline_decay
-        self._epsilon = epsilon
+        self._epsilon = schedule("epsilon", epsilon, high=1)
+        self._asked = self._told = 0
         self._average = MovingAverage()
         self._masks: dict[Choices, Tensor] = {}
 
@@ -87,6 +85,7 @@ class Reinforce:
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
         """``count`` new architectures from the policy; fewer only when the space has no more."""
         asked = self._novelty.fill(count, self._draw)
+        self._asked += len(asked)
         self._masks = {a.choices: self._masks[a.choices] for a in asked if a.choices in self._masks}
         return asked
 
@@ -105,11 +104,15 @@ class Reinforce:
             self._masks.pop(sequence, None)
         scored = self._policy(episodes)
         loss = reinforce_loss(
-            scored.log_probs, advantages.float(), scored.entropies, entropy_weight=self._entropy_weight
+            scored.log_probs,
+            advantages.float(),
+            scored.entropies,
+            entropy_weight=self._entropy_weight.at(self._told),
         )
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
+        self._told += len(trials)
 
     def _draw(self, missing: int, attempt: int) -> Iterable[Architecture]:
         sequences, masks = self._policy.sample(
@@ -118,7 +121,7 @@ class Reinforce:
             self._space.is_complete,
             self._generator,
             flatten=2.0**attempt,
-            epsilon=self._epsilon,
+            epsilon=self._epsilon.at(self._asked),
         )
         self._masks.update(zip(sequences, masks, strict=True))
         return [Architecture(self._space.name, sequence) for sequence in sequences]

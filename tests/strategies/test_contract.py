@@ -35,10 +35,10 @@ STRATEGIES: dict[str, Make] = {
     "local-search, 4 starts": functools.partial(LocalSearch, starts=4),
     "model-based": ModelBased,
     "model-based, early": functools.partial(ModelBased, initial=2, patience=1, memory=6),
-    "ppo": functools.partial(PPO, group=4),
+    "ppo": functools.partial(PPO, group=4, epsilon="0:0.3:8"),
     "ppo, value head": functools.partial(PPO, group=3, value_head=True),
     "reinforce": Reinforce,
-    "reinforce gru": functools.partial(Reinforce, cell="gru", epsilon=0.2),
+    "reinforce gru": functools.partial(Reinforce, cell="gru", epsilon="0.5:0:20", entropy_weight="1:0:9"),
 }
 CONTEXT = SearchContext()
 

@@ -90,3 +90,27 @@ def test_ppo_learns_when_a_group_is_full_however_it_was_told(grid: Any) -> None:
     for trial in trials:
         one.tell([trial])
     assert one.ask(10, SearchContext()) == ten.ask(10, SearchContext())
+
+
+@pytest.mark.parametrize("make", [Reinforce, PPO])
+def test_a_schedule_that_has_ended_is_the_constant_it_ends_with(grid: Any, make: Any) -> None:
+    space = grid((4,) * 5)
+
+    def asked(**settings: Any) -> list[list[Any]]:
+        strategy = make(space, seed=0, **settings)
+        batches = []
+        for _ in range(4):
+            batches.append(strategy.ask(10, SearchContext()))
+            strategy.tell(
+                [
+                    Trial(0, 0, a, space.canonical_key(a), Measurement(accuracy=0.5), float(sum(a.choices)))
+                    for a in batches[-1]
+                ]
+            )
+        return batches
+
+    assert asked(epsilon="1:0:0", entropy_weight="9:0.1:0") == asked(entropy_weight=0.1)
+    opening = asked(epsilon="1:0:10")
+    assert opening[0] == asked(epsilon=1.0)[0]
+    assert opening != asked(epsilon=1.0)
+    assert asked(entropy_weight="9:0.1:20") != asked(entropy_weight=0.1)
