@@ -1,7 +1,8 @@
 """What every benchmark shares: interleaved timing, and ``--check`` tables of wanted against measured.
 
-A benchmark defines ``measure(quick) -> list[Row]`` and ends with ``main(__doc__, measure)``.  Each row is
-the median over several fresh processes, because one process can be lucky with its memory layout.
+A benchmark defines ``measure(quick) -> list[Row]``, or several by name, and ends with ``main(__doc__,
+measure)``.  Each row is the median over several fresh processes, because one process can be lucky with its
+memory layout.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 __all__ = ["Row", "geometric_mean", "interleaved", "main", "ratio"]
 
-Measure = Callable[[bool], "list[Row]"]
+Measure = Callable[[bool], "Iterable[Row]"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,39 +109,59 @@ def geometric_mean(figures: list[float]) -> float:
     return math.exp(statistics.fmean(math.log(figure) for figure in figures))
 
 
-def main(title: str, measure: Measure, *, processes: int = 3, once: Measure | None = None) -> None:
+def main(
+    title: str,
+    measure: Measure | Mapping[str, Measure],
+    *,
+    processes: int = 3,
+    once: Measure | None = None,
+    condense: Callable[[list[Row]], list[Row]] | None = None,
+) -> None:
     """Runs the command line of a benchmark and exits: 1 when ``--check`` finds a must that does not hold.
 
     Args:
         title: printed above the table.
-        measure: rows that are the median over several fresh processes.
+        measure: rows that are the median over several fresh processes; as a mapping, by the name of the part
+            that ``--part`` can select.
         processes: how many.
         once: rows that need no repetition, such as counts, or that take minutes each.
+        condense: makes fewer rows of the medians of a part.
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--check", action="store_true", help="exit 1 if a must does not hold")
     parser.add_argument("--quick", action="store_true", help="under 2 minutes: fewer repeats, one process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parts = measure if isinstance(measure, Mapping) else {"all": measure}
+    if len(parts) > 1:
+        parser.add_argument("--part", action="append", choices=list(parts), help="only these rows")
     options = parser.parse_args()
+    chosen = getattr(options, "part", None) or list(parts)
     if options.worker:
-        print(json.dumps([dataclasses.asdict(row) for row in measure(options.quick)]))
+        print(json.dumps([dataclasses.asdict(row) for part in chosen for row in parts[part](options.quick)]))
         sys.exit(0)
-    rows = _median_rows(options.quick, 1 if options.quick else processes)
-    rows += once(options.quick) if once else []
-    _show(title, rows)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            **_environment(),
-            "rows": [dataclasses.asdict(row) | {"holds": row.holds()} for row in rows],
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    rows: list[Row] = []
+    for part in chosen:  # shown and kept one by one, so that an interruption loses only the rest
+        selected = ["--part", part] if len(parts) > 1 else []
+        ready = _median_rows(selected, options.quick, 1 if options.quick else processes)
+        ready = condense(ready) if condense else ready
+        if once and part == chosen[-1]:
+            ready += once(options.quick)
+        _show("" if rows else title, ready)
+        rows += ready
+        if options.json:
+            _keep(options.json, rows)
     sys.exit(1 if options.check and not all(row.holds() for row in rows) else 0)
 
 
-def _median_rows(quick: bool, processes: int) -> list[Row]:
-    command = [sys.executable, sys.argv[0], "--worker", *(["--quick"] if quick else [])]
+def _keep(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {**_environment(), "rows": [dataclasses.asdict(row) | {"holds": row.holds()} for row in rows]}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _median_rows(selected: list[str], quick: bool, processes: int) -> list[Row]:
+    command = [sys.executable, sys.argv[0], "--worker", *selected, *(["--quick"] if quick else [])]
     runs = []
     for _ in range(processes):
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -152,7 +173,8 @@ def _median_rows(quick: bool, processes: int) -> list[Row]:
 
 
 def _show(title: str, rows: list[Row]) -> None:
-    print((title.strip().splitlines() or [""])[0])
+    if title:
+        print((title.strip().splitlines() or [""])[0])
     width = max((len(row.name) for row in rows), default=4)
     print(f"{'case':<{width}}  {'must':>8}  {'aim':>8}  {'measured':>10}  holds")
     for row in rows:
@@ -161,7 +183,10 @@ def _show(title: str, rows: list[Row]) -> None:
         aim = f"{bound}{row.aim:g}" if row.aim is not None else "-"
         verdict = "-" if row.must is None else "yes" if row.holds() else "NO"
         figure = f"{row.measured:.4g} {row.unit}"
-        print(f"{row.name:<{width}}  {must:>8}  {aim:>8}  {figure:>10}  {verdict:<5}  {row.detail}".rstrip())
+        print(
+            f"{row.name:<{width}}  {must:>8}  {aim:>8}  {figure:>10}  {verdict:<5}  {row.detail}".rstrip(),
+            flush=True,
+        )
 
 
 def _environment() -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 import torch.nn.functional as F
 
 from rlnas_fast.errors import ConfigError, KernelUnavailable, ShapeError
@@ -373,6 +374,33 @@ def test_useful_work_is_counted():
     with FlopCounterMode(display=False) as counter:
         masked_matmul(torch.randn(7, 24), weight, mask).sum().backward()
     assert counter.get_total_flops() == 2 * 2 * 7 * mask.nonzeros()  # forward and the gradient to the weight
+
+
+def test_who_watches_operators_sees_the_product_without_gradients_too():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    mask = make_mask("bits", 20, 24, (8, 8))
+    weight, x = torch.randn(20, 24), torch.randn(7, 24)
+    expected = F.linear(x, weight * mask.dense())
+    with FlopCounterMode(display=False) as counter:
+        masked_matmul(x, weight, mask)
+    assert counter.get_total_flops() == 2 * 7 * mask.nonzeros()
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x: masked_matmul(x, weight, mask))(x)
+    assert any("masked_matmul" in str(node.target) for node in traced.graph.nodes)
+    torch.testing.assert_close(traced(x), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(masked_matmul(x, weight, mask), expected)
+    negative = torch.complex(torch.zeros(7, 24), x).conj().imag  # -x, not written out
+    assert negative.is_neg()
+    torch.testing.assert_close(masked_matmul(negative, weight, mask), -expected)
+
+
+def test_a_new_mask_is_a_new_choice():
+    mask, weight, x = TileMask((64, 96), unstructured=True), torch.randn(64, 96), torch.randn(5, 96)
+    for density in (1.0, 0.5, 0.02, 0.0):
+        dense = torch.rand(64, 96) < density
+        mask.update(dense=dense)
+        torch.testing.assert_close(masked_matmul(x, weight, mask), F.linear(x, weight * dense))
 
 
 X, W, M = torch.ones(3, 8), torch.ones(4, 8), TileMask((4, 8))

@@ -1,9 +1,9 @@
 """What each CPU kernel costs on this machine: measured once, kept on disk, and asked at every choice.
 
 The time of a kernel is taken to be linear in a few counts (weights packed, multiply-adds, elements of x and
-y) whose coefficients are fitted to timings of a few seconds in all.  They are measured at the first choice
+y) whose coefficients are fitted to timings of some ten seconds in all.  They are measured at the first choice
 and stored in ``$XDG_CACHE_HOME/rlnas_fast`` (``~/.cache`` by default) under the CPU's name, its instruction
-set, the number of threads, the dtype and the versions.
+set, the number of threads, the dtype, the version of PyTorch and the build of the kernels.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from rlnas_fast.ops import native
 from rlnas_fast.ops.masked_matmul.tile_mask import TileMask, TileTensors
 
-__all__ = ["Product", "estimates", "measure"]
+__all__ = ["Product", "estimates", "fastest", "measure"]
 
 Product = Literal["forward", "forward_packed", "grad_input", "grad_weight"]
 
-_VERSION = 3  # of the features below
+_VERSION = 4  # of the features below
 _LANES = {"plain": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
 _KERNELS: dict[Product, tuple[str, ...]] = {
     "forward": ("dense", "tiles", "rows", "direct"),
@@ -55,18 +55,48 @@ def estimates(product: Product, batch: int, mask: TileTensors, dtype: torch.dtyp
         dtype: of x and the weight.
     """
     coefficients = _coefficients(native.cpu().isa(), torch.get_num_threads(), str(dtype))
+    size = _size(mask)
     seconds = {}
     for kernel in _KERNELS[product]:
-        if (kernel == "direct" and batch > _DIRECT_ROWS) or (kernel == "rows" and max(mask.shape) > 1 << 16):
+        if (kernel == "direct" and batch > _DIRECT_ROWS) or (kernel == "rows" and max(size.shape) > 1 << 16):
             continue
-        features = _features(product, kernel, batch, mask)
-        known = coefficients[f"{product} {_variant(product, kernel, mask)}"]
+        features = _features(product, kernel, batch, size)
+        known = coefficients[f"{product} {_variant(product, kernel, size)}"]
         seconds[kernel] = sum(c * f for c, f in zip(known, features, strict=True))
     return seconds
 
 
+def fastest(product: Product, batch: int, mask: TileTensors, dtype: torch.dtype) -> str:
+    """Names the kernel that is expected to take least; remembered, since small products take microseconds."""
+    key = (product, batch, _size(mask), dtype, native.cpu().isa(), torch.get_num_threads())
+    known = _decisions.get(key)
+    if known is None:
+        seconds = estimates(product, batch, mask, dtype)
+        known = min(seconds, key=seconds.__getitem__)
+        if len(_decisions) >= _MOST_DECISIONS:
+            _decisions.clear()
+        _decisions[key] = known
+    return known
+
+
+class _Size(NamedTuple):
+    """What the time of a product depends on, beside the batch."""
+
+    shape: tuple[int, int]
+    tile: tuple[int, int]
+    stats: tuple[int, ...]
+
+
+def _size(mask: TileTensors) -> _Size:
+    return _Size(mask.shape, mask.tile, tuple(mask.stats.tolist()))
+
+
+_MOST_DECISIONS = 4096
+_decisions: dict[tuple[object, ...], str] = {}
+
+
 def measure(isa: str, threads: int, dtype: torch.dtype) -> dict[str, list[float]]:
-    """Times every kernel on this machine and fits its coefficients; a few seconds.
+    """Times every kernel on this machine and fits its coefficients; some ten seconds.
 
     Args:
         isa: the instruction set in use; part of the key only.
@@ -102,8 +132,8 @@ def _samples(
                     continue
                 seconds = _seconds(_call(product, kernel, x, weight, mask))
                 yield (
-                    f"{product} {_variant(product, kernel, mask)}",
-                    (_features(product, kernel, x.shape[0], mask), seconds),
+                    f"{product} {_variant(product, kernel, _size(mask))}",
+                    (_features(product, kernel, x.shape[0], _size(mask)), seconds),
                 )
 
 
@@ -139,7 +169,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return best
 
 
-def _variant(product: Product, kernel: str, mask: TileTensors) -> str:
+def _variant(product: Product, kernel: str, mask: _Size) -> str:
     if kernel != "tiles":
         return kernel
     return f"tiles{_width(mask.tile[0] if product.startswith('forward') else mask.tile[1])}"
@@ -149,9 +179,9 @@ def _width(tile_out: int) -> int:
     return 16 if tile_out <= 16 else 32
 
 
-def _features(product: Product, kernel: str, batch: int, mask: TileTensors) -> list[float]:
+def _features(product: Product, kernel: str, batch: int, mask: _Size) -> list[float]:
     rows, cols = mask.shape
-    keep, int8, nonzeros, incomplete = mask.stats.tolist()
+    keep, int8, nonzeros, incomplete = mask.stats
     live = keep + int8
     moved = batch * (rows + cols)
     if kernel == "dense":
@@ -170,7 +200,7 @@ def _features(product: Product, kernel: str, batch: int, mask: TileTensors) -> l
     few = nonzeros if batch <= _DIRECT_ROWS else 0
     return [
         1,
-        live * tile_rows * -(-tile_cols // 32),
+        rows if product == "forward_packed" else live * tile_rows * -(-tile_cols // 32),
         nonzeros,
         batch * few,
         (padded * nonzeros - batch * few),
@@ -217,7 +247,8 @@ def _coefficients(isa: str, threads: int, dtype: str) -> dict[str, list[float]]:
 
 
 def _cache_path(isa: str, threads: int, dtype: str) -> Path:
-    key = "|".join((_cpu_name(), isa, str(threads), dtype, torch.__version__, str(_VERSION)))
+    build = hashlib.sha256(Path(str(native.cpu().__file__)).read_bytes()).hexdigest()
+    key = "|".join((_cpu_name(), isa, str(threads), dtype, torch.__version__, build, str(_VERSION)))
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "rlnas_fast" / f"masked-matmul-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 

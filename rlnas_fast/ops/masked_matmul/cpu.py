@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ __all__ = [
     "grad_input",
     "grad_weight",
     "pack",
+    "pack_fastest",
     "pack_mask",
     "unavailable_reason",
     "update_lists",
@@ -31,7 +34,10 @@ __all__ = [
 KERNELS = ("dense", "tiles", "rows", "direct")
 KEEP_ONLY, BOTH = 0, 2
 DIRECT_ROWS = 8  # the most rows of x that the kernel without packing takes
-_ONE_THREAD_PRODUCTS = 1 << 17  # some ten microseconds of work
+_ONE_THREAD_PRODUCTS = 1 << 17  # some ten microseconds of work; the kernels for few rows take longer for each
+_ONE_THREAD_PRODUCTS_FEW = 1 << 14
+_WORTH_A_TRIAL = 3.0  # times the least estimate
+_TRIALS, _TRIAL_SECONDS = 20, 0.03
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -46,8 +52,7 @@ def unavailable_reason() -> str | None:
 
 def choose(product: cost_model.Product, batch: int, mask: TileTensors, dtype: torch.dtype) -> str:
     """Names the kernel that the cost model of this CPU expects to be fastest."""
-    seconds = cost_model.estimates(product, batch, mask, dtype)
-    return min(seconds, key=seconds.__getitem__)
+    return cost_model.fastest(product, batch, mask, dtype)
 
 
 class Packed(NamedTuple):
@@ -57,6 +62,7 @@ class Packed(NamedTuple):
     mask: TileTensors
     weight: torch.Tensor
     buffers: tuple[torch.Tensor, ...]
+    arguments: tuple[object, ...]  # weight and mask as the compiled kernels take them
 
 
 def pack(weight: torch.Tensor, mask: TileTensors, kernel: str, *, transposed: bool = False) -> Packed:
@@ -73,15 +79,35 @@ def pack(weight: torch.Tensor, mask: TileTensors, kernel: str, *, transposed: bo
     if kernel == "dense":
         dense = effective_weight(weight, mask)
         prepacked = dense.dtype == torch.float32 and dense.numel() and torch.backends.mkldnn.is_available()
-        return Packed(kernel, frozen, dense, (dense.to_mkldnn(),) if prepacked else ())
+        return Packed(kernel, frozen, dense, (dense.to_mkldnn(),) if prepacked else (), ())
     if kernel == "tiles":
         buffer = torch.empty(_tile_floats(mask, transposed), dtype=torch.float32)
         threads = torch.get_num_threads()
         _kernels().pack_tiles(_weight(weight, mask), transposed, BOTH, buffer.data_ptr(), threads)
-        return Packed(kernel, frozen, weight, (buffer,))
+        return Packed(kernel, frozen, weight, (buffer,), _weight(weight, frozen))
     if kernel == "rows":
-        return Packed(kernel, frozen, weight, _pack_rows(weight, mask, transposed, fresh=True))
-    return Packed("direct", frozen, effective_weight(weight, mask), ())
+        return Packed(kernel, frozen, weight, _pack_rows(weight, mask, transposed, fresh=True), ())
+    applied = effective_weight(weight, mask)
+    return Packed("direct", frozen, applied, (), _weight(applied, frozen))
+
+
+def pack_fastest(weight: torch.Tensor, mask: TileTensors, batch: int) -> Packed:
+    """Packs a weight for every kernel that may be the fastest, times them, and keeps one."""
+    seconds = cost_model.estimates("forward_packed", batch, mask, weight.dtype)
+    hopeful = [kernel for kernel, s in seconds.items() if s <= _WORTH_A_TRIAL * min(seconds.values())]
+    packed = [pack(weight, mask, kernel) for kernel in hopeful]
+    if len(packed) == 1:
+        return packed[0]
+    x, best = weight.new_ones(batch, mask.shape[1]), [math.inf] * len(packed)
+    start = time.perf_counter()
+    for trial in range(_TRIALS):
+        for i, one in enumerate(packed):
+            begin = time.perf_counter()
+            forward_packed(x, one, None)
+            best[i] = min(best[i], time.perf_counter() - begin)
+        if trial and time.perf_counter() - start > _TRIAL_SECONDS:
+            break
+    return packed[best.index(min(best))]
 
 
 def forward_packed(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
@@ -96,11 +122,11 @@ def forward_packed(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -
         return _dense(x, packed.weight, mask, bias)
     y = x.new_empty(x.shape[0], mask.shape[0])
     if packed.kernel == "tiles":
-        _multiply_tiles(x, packed.weight, mask, False, BOTH, packed.buffers[0], y, bias)
+        _multiply_tiles(x, packed.arguments, mask, False, BOTH, packed.buffers[0], y, bias)
     elif packed.kernel == "rows":
         _multiply_rows(x, mask, False, packed.buffers, y, bias)
     else:
-        _multiply_direct(x, packed.weight, mask, y, bias)
+        _multiply_direct(x, packed.arguments, mask, y, bias)
     return y
 
 
@@ -123,11 +149,11 @@ def forward(
         return _dense(x, _dense_weight(weight, mask), mask, bias)
     y = x.new_empty(x.shape[0], mask.shape[0])
     if kernel == "tiles":
-        _multiply_tiles(x, weight, mask, False, BOTH, None, y, bias)
+        _multiply_tiles(x, _weight(weight, mask), mask, False, BOTH, None, y, bias)
     elif kernel == "rows":
         _multiply_rows(x, mask, False, _pack_rows(weight, mask, False), y, bias)
     else:
-        _multiply_direct(x, weight, mask, y, bias)
+        _multiply_direct(x, _weight(weight, mask), mask, y, bias)
     return y
 
 
@@ -144,7 +170,7 @@ def grad_input(
         return _scattered(grad_y @ _dense_weight(weight, mask), mask.input_permutation)
     grad_x = grad_y.new_empty(grad_y.shape[0], mask.shape[1])
     if kernel == "tiles":
-        _multiply_tiles(grad_y, weight, mask, True, BOTH, None, grad_x, None)
+        _multiply_tiles(grad_y, _weight(weight, mask), mask, True, BOTH, None, grad_x, None)
     else:
         _multiply_rows(grad_y, mask, True, _pack_rows(weight, mask, True), grad_x, None)
     return grad_x
@@ -213,7 +239,7 @@ def _forward_int8(
     y = wide.new_empty(x.shape[0], mask.shape[0])
     keep_tiles = int(mask.stats[0])
     if keep_tiles:
-        _multiply_tiles(wide, weight, mask, False, KEEP_ONLY, None, y, wide_bias)
+        _multiply_tiles(wide, _weight(weight, mask), mask, False, KEEP_ONLY, None, y, wide_bias)
     width, blocks = _blocks(mask.tile[0])
     depth = -(-mask.tile[1] // 4) * 4
     columns = int(mask.stats[1]) * blocks * width
@@ -265,7 +291,7 @@ def _scattered(y: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
 
 def _multiply_tiles(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: tuple[object, ...],
     mask: TileTensors,
     transposed: bool,
     kinds: int,
@@ -277,7 +303,7 @@ def _multiply_tiles(
     read, written = permutations[::-1] if transposed else permutations
     scratch = _workspace("x", x.numel() + 32)
     _kernels().multiply_tiles(
-        *(_matrix(x), _weight(weight, mask), transposed, kinds, _address(packed), _address(read)),
+        *(_matrix(x), weight, transposed, kinds, _address(packed), _address(read)),
         *(_output(y, written, bias), scratch.data_ptr(), _threads(x, mask)),
     )
 
@@ -294,7 +320,7 @@ def _pack_rows(
         raise ConfigError(
             f"backend 'rows' takes at most 65536 features (16-bit indices), got {list(mask.shape)}"
         )
-    count, out = int(mask.stats[2]), mask.shape[transposed]
+    count, out = mask.stats.tolist()[2], mask.shape[transposed]
 
     def room(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype) if fresh else _workspace(name, size, dtype)
@@ -326,20 +352,25 @@ def _multiply_rows(
 
 
 def _multiply_direct(
-    x: torch.Tensor, weight: torch.Tensor, mask: TileTensors, y: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: tuple[object, ...],
+    mask: TileTensors,
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> None:
     if x.shape[0] > DIRECT_ROWS:
         raise ConfigError(f"backend 'direct' takes at most {DIRECT_ROWS} rows of x, got {x.shape[0]}")
     scratch = _workspace("x", x.shape[0] * (x.shape[1] + 32))
     _kernels().multiply_direct(
-        *(_matrix(x), _weight(weight, mask), _address(mask.input_permutation)),
+        *(_matrix(x), weight, _address(mask.input_permutation)),
         *(_output(y, mask.output_permutation, bias), scratch.data_ptr(), _threads(x, mask)),
     )
 
 
 def _threads(x: torch.Tensor, mask: TileTensors) -> int:
     """Returns one thread where waking the others would cost more than they save."""
-    return torch.get_num_threads() if x.shape[0] * int(mask.stats[2]) > _ONE_THREAD_PRODUCTS else 1
+    limit = _ONE_THREAD_PRODUCTS if x.shape[0] > DIRECT_ROWS else _ONE_THREAD_PRODUCTS_FEW
+    return torch.get_num_threads() if x.shape[0] * mask.stats.tolist()[2] > limit else 1
 
 
 def _kernels():  # type: ignore[no-untyped-def]
@@ -399,7 +430,7 @@ def _lists(mask: TileTensors) -> tuple[int, int, int, int]:
 
 
 def _weight(weight: torch.Tensor, mask: TileTensors) -> tuple[object, ...]:
-    incomplete = int(mask.stats[3])
+    incomplete = mask.stats.tolist()[3]
     return (
         *(weight.data_ptr(), _DTYPES[weight.dtype], mask.shape, mask.tile, _lists(mask)),
         *(_address(mask.bits) if incomplete else 0, _address(mask.payload), _address(mask.scale)),

@@ -95,14 +95,16 @@ def masked_matmul(
             return F.linear(x, weight * mask.to(weight.dtype), bias)
         mask = TileMask.from_dense(mask)
     _check_tile_mask(mask, weight)
-    flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if packed is not None:
         y = _packed_product(flat, packed, bias)
+    elif backend != "reference" and _unwatched(x, weight, bias):
+        y = cpu.forward(flat, weight, mask.tensors, bias, int8_activations, backend)
     else:
         y = torch.ops.rlnas_fast.masked_matmul.default(
             flat, weight, bias, *_flat(mask.tensors), int8_activations, backend
         )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def pack(weight: torch.Tensor, mask: TileMask, *, batch: int = 64, backend: str = "auto") -> Packed:
@@ -113,7 +115,7 @@ def pack(weight: torch.Tensor, mask: TileMask, *, batch: int = 64, backend: str 
         mask: its mask.
         batch: the rows of x to choose a kernel for; any number of rows may follow (at most 8 with
             ``"direct"``).
-        backend: forces a kernel.
+        backend: forces a kernel; by default those that the cost model thinks promising are timed.
     """
     _check_tile_mask(mask, weight)
     if weight.device.type != "cpu":
@@ -121,8 +123,9 @@ def pack(weight: torch.Tensor, mask: TileMask, *, batch: int = 64, backend: str 
             f"pack serves CPU kernels, but weight is on {weight.device}; call masked_matmul instead"
         )
     check_backend(backend, weight.device)
-    kernel = cpu.choose("forward_packed", batch, mask.tensors, weight.dtype) if backend == "auto" else backend
-    return cpu.pack(weight, mask.tensors, kernel)
+    if backend == "auto":
+        return cpu.pack_fastest(weight.detach(), mask.tensors, batch)
+    return cpu.pack(weight, mask.tensors, backend)
 
 
 def plan(batch: int, mask: TileMask, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -330,6 +333,30 @@ _derivatives: dict[str, Callable[..., Any]] = {
 }
 for _name, _derivative in _derivatives.items():
     torch.library.register_autograd(f"rlnas_fast::{_name}", _derivative, setup_context=_save, lib=_library)
+
+
+_PLAIN_TENSOR = torch._C._dispatch_keys(torch.empty(0)).raw_repr()
+_NO_MODE = torch._C._dispatch_tls_local_include_set().raw_repr()
+
+
+def _unwatched(*tensors: torch.Tensor | None) -> bool:
+    """Says whether only the product of CPU tensors is wanted: the operator's dispatch may then be skipped.
+
+    It takes longer than small products.  Whoever watches operators (gradients, tracing, modes such as the
+    counter of FLOPs, ``torch.func``, subclasses of tensors) shows in the keys that PyTorch dispatches by.
+    """
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    if torch._C._dispatch_tls_local_include_set().raw_repr() & ~_NO_MODE:
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        tensor is None
+        or not (
+            (grad and tensor.requires_grad) or torch._C._dispatch_keys(tensor).raw_repr() & ~_PLAIN_TENSOR
+        )
+        for tensor in tensors
+    )
 
 
 def _packed_product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:

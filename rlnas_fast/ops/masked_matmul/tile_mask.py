@@ -402,7 +402,7 @@ def _check_state(state: torch.Tensor, t: TileTensors) -> None:
     if state.device != t.state.device:
         raise ShapeError(f"state is on {state.device} but the mask on {t.state.device}; move one of them")
     if state.device.type == "cpu" and state.numel():
-        low, high = int(state.min()), int(state.max())
+        low, high = (int(end) for end in state.aminmax())
         top = INT8 if t.payload is not None else KEEP
         if low < PRUNE or high > top:
             wrong = low if low < PRUNE else high
