@@ -1,11 +1,13 @@
 """The nouns of a search, rewards, the Pareto front, and the one loop.  Never imports torch."""
 
+from .goals import MAXIMISED, Archive, feasible_first
 from .loop import SearchResult, run_search
 from .pareto import hypervolume, pareto_front
 from .protocols import (
     CostModel,
     Evaluator,
     Executor,
+    Goal,
     MeasurementCache,
     Meter,
     Request,
@@ -18,6 +20,8 @@ from .space import Architecture, Decision, SearchSpace, TaskSpec, sample_uniform
 from .trial import Budget, Cost, Measurement, Trial, child_seed, measurement_key
 
 __all__ = [
+    "MAXIMISED",
+    "Archive",
     "Architecture",
     "Budget",
     "Cost",
@@ -25,6 +29,7 @@ __all__ = [
     "Decision",
     "Evaluator",
     "Executor",
+    "Goal",
     "Measurement",
     "MeasurementCache",
     "Meter",
@@ -38,6 +43,7 @@ __all__ = [
     "Trial",
     "TrialLog",
     "child_seed",
+    "feasible_first",
     "hypervolume",
     "measurement_key",
     "pareto_front",

@@ -81,7 +81,7 @@ def run_search(
     while len(done) < trials:
         if max_seconds is not None and spent + time.monotonic() - started >= max_seconds:
             return SearchResult(tuple(done), "seconds")
-        asked = strategy.ask(min(batch_size, trials - len(done)), context)
+        asked = strategy.ask(min(batch_size, trials - len(done)), _conditioned(context, reward, done))
         if not asked:
             return SearchResult(tuple(done), "space")
         keys = []
@@ -137,6 +137,12 @@ def _evaluate(
     return [results[position] for position in range(len(requests))]
 
 
+def _conditioned(context: SearchContext, reward: Reward, before: Sequence[Trial]) -> SearchContext:
+    """What the strategy may see: with the target and the goal of a reward that has them."""
+    condition = getattr(reward, "conditioned", None)
+    return condition(context, before) if condition is not None else context  # type: ignore[no-any-return]
+
+
 def _rewards(batch: Sequence[Measurement], before: Sequence[Trial], reward: Reward) -> list[float]:
     values = iter(reward([m for m in batch if m.failure is None], before))
     rewards = [next(values) if m.failure is None else reward.floor for m in batch]
@@ -162,7 +168,7 @@ def _replay(
             end += 1
         batch = done[start:end]
         if exactly:
-            asked = strategy.ask(len(batch), context)
+            asked = strategy.ask(len(batch), _conditioned(context, reward, done[:start]))
             again = _rewards([trial.measurement for trial in batch], done[:start], reward)
             for trial, architecture, value in zip(batch, asked, again, strict=False):
                 _same(trial, "architecture", trial.architecture, architecture)

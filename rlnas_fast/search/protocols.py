@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from .space import Architecture
 from .trial import Budget, Cost, Measurement, Trial
 
@@ -20,16 +22,32 @@ class CostModel(Protocol):
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What is wanted of the numbers of a measurement, at this moment of a search.
+
+    Attributes:
+        numbers: names of the numbers it is made of (``Measurement.value``).
+        score: float [..., numbers] -> float [...], larger is better.
+    """
+
+    numbers: tuple[str, ...]
+    score: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
 class SearchContext:
     """What a conditioned controller may see while it decides.
 
     Attributes:
         targets: wanted cost by name, in the unit of the name ("latency_s").
         cost_model: estimates the cost of a prefix, or None.
+        goal: for strategies that predict the numbers of a measurement rather than its reward; None where
+            the reward is all there is.
     """
 
     targets: Mapping[str, float] = field(default_factory=dict)
     cost_model: CostModel | None = None
+    goal: Goal | None = None
 
 
 @runtime_checkable

@@ -1,0 +1,254 @@
+"""Latency targets and fronts on a published table: eight devices, one setting for all of them.
+
+Targets: NAS-Bench-201, the reward from one seed's CIFAR-100 accuracy, the pick (most accurate by that seed
+among those at or under the target) scored by the seed mean; targets at the 30th and 50th percentile of
+latency over the cells that are connected; 500 distinct evaluations, 40 seeds, against regularised evolution
+under the same constraint (feasible first; population and sample by the best of a few on CIFAR-10).  Fronts:
+the hypervolume of accuracy and latency after 300 distinct evaluations against NSGA-II, both scaled from the
+worst to the best of the table.  Differences are paired by seed, intervals of 95 %.
+
+Needs ``RLNAS_DATA_DIR``.  Interrupted, it goes on where it was if ``RLNAS_CELLS_DIR`` names a folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from cells import cell
+from harness import Row, main
+
+from rlnas_fast.executors import serial
+from rlnas_fast.rl import policies, surrogates
+from rlnas_fast.rl.threads import one_blas_thread, one_torch_thread
+from rlnas_fast.search import (
+    Architecture,
+    Budget,
+    Cost,
+    Measurement,
+    Request,
+    Reward,
+    Strategy,
+    TaskSpec,
+    Trial,
+    goals,
+    hypervolume,
+    loop,
+    run_search,
+)
+from rlnas_fast.search.rewards import PointwiseReward
+from rlnas_fast.spaces import cell_201
+from rlnas_fast.strategies import composite, evolution, moves, novelty, nsga2, ppo, reinforce
+
+EVALUATIONS, FRONT_EVALUATIONS, SEEDS = 500, 300, 40
+PERCENTILES = (30, 50)
+BATCH = 5
+
+SHARED = (goals, loop, surrogates, moves, novelty, cell_201, serial, Path(__file__))
+CODE = {
+    "composite": (composite, *SHARED),
+    "evolution": (evolution, *SHARED),
+    "nsga2": (nsga2, *SHARED),
+    "reinforce": (reinforce, policies, *SHARED),
+    "ppo": (ppo, policies, *SHARED),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One device's latency beside the accuracies, a row an architecture."""
+
+    name: str
+    space: cell_201.Cell201
+    row_of: dict[tuple[int, ...], int]
+    reward: np.ndarray  # fraction, one seed
+    score: np.ndarray  # percent, seed mean
+    latency_ms: np.ndarray
+
+    def target(self, percentile: float) -> float:
+        connected = self.score > 1.5 * self.score.min()
+        return float(np.percentile(self.latency_ms[connected], percentile)) / 1e3
+
+
+@dataclass(frozen=True)
+class Look:
+    """The evaluator of a column."""
+
+    column: Column
+
+    def identity(self) -> dict[str, str]:
+        return {}
+
+    def evaluate(self, request: Request) -> Measurement:
+        row = self.column.row_of[request.architecture.choices]
+        return Measurement(
+            accuracy=float(self.column.reward[row]),
+            cost=Cost(latency_s=float(self.column.latency_ms[row]) / 1e3),
+        )
+
+
+class InMemory:
+    """A log that lasts as long as its search."""
+
+    def __init__(self) -> None:
+        self._trials: list[Trial] = []
+
+    def read(self) -> list[Trial]:
+        return list(self._trials)
+
+    def append(self, trials: object) -> None:
+        self._trials.extend(trials)  # type: ignore[arg-type]
+
+
+def columns(folder: Path, reward: str, score: str, names: tuple[str, ...] | None = None) -> list[Column]:
+    with np.load(folder / "nasbench201.npz", allow_pickle=False) as table:
+        space = cell_201.Cell201(TaskSpec((3, 32, 32), 10), distinct="cells")
+        row_of = {tuple(row): i for i, row in enumerate(table["ops"].tolist())}
+        devices = table["latency_devices"].tolist()
+        return [
+            Column(device, space, row_of, table[reward] / 100, table[score], table["latency_ms"][:, k])
+            for k, device in enumerate(devices)
+            if names is None or device in names
+        ]
+
+
+def trials_of(
+    column: Column, strategy: Strategy, reward: Reward, evaluations: int, batch: int
+) -> tuple[Trial, ...]:
+    with one_blas_thread(), one_torch_thread():
+        return run_search(
+            space=column.space, strategy=strategy, evaluator=Look(column), reward=reward,
+            executor=serial.Serial(), log=InMemory(), trials=evaluations, batch_size=batch,
+            budget=Budget(1), seed=0,
+        ).trials  # fmt: skip
+
+
+def deb(target: float) -> Reward:
+    """Feasible first, for strategies that compare rewards."""
+    score = goals.feasible_first({"latency_s": target}).score
+    return PointwiseReward(
+        lambda m: float(score(np.array([m.accuracy, m.cost.latency_s]))), needs=("accuracy", "latency_s")
+    )
+
+
+TARGET_METHODS: dict[str, tuple[Callable[..., Strategy], Callable[[float], Reward], int]] = {
+    "composite": (composite.Composite, lambda target: goals.adaptive(target=target), BATCH),
+    "evolution": (evolution.Evolution, deb, 1),
+    "reinforce": (reinforce.Reinforce, lambda target: goals.adaptive(target=target), BATCH),
+    "ppo": (ppo.PPO, lambda target: goals.adaptive(target=target), BATCH),
+}
+FRONT_METHODS: dict[str, tuple[Callable[..., Strategy], Callable[[], Reward], int]] = {
+    "composite": (composite.Composite, goals.hypervolume_gain, BATCH),
+    "nsga2": (nsga2.Nsga2, goals.hypervolume_gain, BATCH),
+}
+
+
+def meet(column: Column, method: str, percentile: float, seeds: int, evaluations: int) -> np.ndarray:
+    """Score in percent and latency / target of each seed's pick: float [seeds, 2]; NaN where there is none."""
+    make, reward, batch = TARGET_METHODS[method]
+    target, rows = column.target(percentile), []
+    for seed in range(seeds):
+        trials = trials_of(column, make(column.space, seed=seed), reward(target), evaluations, batch)
+        fitting = [t for t in trials if (t.measurement.cost.latency_s or np.inf) <= target]
+        if not fitting:
+            rows.append((np.nan, np.nan))
+            continue
+        pick = max(fitting, key=lambda trial: trial.measurement.accuracy or 0.0)
+        row = column.row_of[pick.architecture.choices]
+        rows.append((column.score[row], column.latency_ms[row] / 1e3 / target))
+    return np.array(rows)
+
+
+def front(column: Column, method: str, seeds: int, evaluations: int) -> np.ndarray:
+    """Hypervolume of what each seed found, 0 to 1: float [seeds]."""
+    make, reward, batch = FRONT_METHODS[method]
+    volumes = []
+    for seed in range(seeds):
+        trials = trials_of(column, make(column.space, seed=seed), reward(), evaluations, batch)
+        volumes.append(volume(column, [trial.architecture for trial in trials]))
+    return np.array(volumes)
+
+
+def volume(column: Column, found: list[Architecture]) -> float:
+    rows = [column.row_of[architecture.choices] for architecture in found]
+    table = np.stack([column.reward, -column.latency_ms], axis=1)
+    low, high = table.min(axis=0), table.max(axis=0)
+    return hypervolume((table[rows] - low) / (high - low), (0.0, 0.0))
+
+
+def target_rows(column: Column, percentile: float, seeds: int, others: bool) -> list[Row]:
+    found = {}
+    for method in TARGET_METHODS if others else ("composite", "evolution"):
+        name = f"{column.name} {percentile} {method}, {seeds} x {EVALUATIONS}"
+        found[method] = cell(
+            name, CODE[method], functools.partial(meet, column, method, percentile, seeds, EVALUATIONS)
+        )
+    for method, values in found.items():
+        score, distance = values[:, 0], values[:, 1]
+        print(
+            f"{column.name:14} {percentile:2} {method:10} {np.nanmean(score):.3f}  met "
+            f"{np.isfinite(score).mean():.0%}  latency / target {np.nanmean(distance):.3f}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    ours, theirs = found["composite"], found["evolution"]
+    where = f"{column.name}, {percentile}th percentile"
+    mean, half = interval(np.nan_to_num(ours[:, 0]) - np.nan_to_num(theirs[:, 0]))
+    return [
+        Row(f"{where}: target met", 100 * float(np.isfinite(ours[:, 0]).mean()), must=95, unit="%",
+            detail=f"latency / target {np.nanmean(ours[:, 1]):.3f}"),
+        Row(f"{where}: accuracy - evolution", mean, must=-0.1, unit="points",
+            detail=f"[{mean - half:+.3f}, {mean + half:+.3f}]; {np.nanmean(ours[:, 0]):.3f}, "
+            + ", ".join(f"{m} {np.nanmean(v[:, 0]):.3f}" for m, v in found.items() if m != "composite")),
+    ]  # fmt: skip
+
+
+def front_row(column: Column, seeds: int) -> Row:
+    ours, theirs = (
+        cell(f"{column.name} {method}, {seeds} x {FRONT_EVALUATIONS}", CODE[method],
+             functools.partial(front, column, method, seeds, FRONT_EVALUATIONS))
+        for method in FRONT_METHODS
+    )  # fmt: skip
+    mean, half = interval(ours - theirs)
+    return Row(
+        f"{column.name}: hypervolume - NSGA-II", mean, must=0.0, unit="",
+        detail=f"[{mean - half:+.5f}, {mean + half:+.5f}]; {ours.mean():.5f}, NSGA-II {theirs.mean():.5f}",
+    )  # fmt: skip
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval."""
+    return float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5)
+
+
+def clear(rows: list[Row]) -> int:
+    """How many differences have an interval above zero."""
+    return sum(float(row.detail[1:].split(",")[0]) > 0 for row in rows)
+
+
+def measure(quick: bool) -> list[Row]:
+    folder = os.environ.get("RLNAS_DATA_DIR")
+    if folder is None:
+        sys.exit("set RLNAS_DATA_DIR to the folder that holds nasbench201.npz")
+    every = columns(Path(folder), "e200_cifar100_test_acc_one_seed", "e200_cifar100_test_acc")
+    seeds = 2 if quick else SEEDS
+    rows: list[Row] = []
+    differences = []
+    for column in every[:1] if quick else every:
+        for percentile in PERCENTILES:
+            pair = target_rows(column, percentile, seeds, others=not quick)
+            rows += pair
+            differences.append(pair[1])
+    rows.append(Row("accuracy above evolution, clear of zero", clear(differences), must=6, unit="of 16"))
+    fronts = [front_row(column, seeds) for column in (every[:1] if quick else every)]
+    above = sum(row.measured > 0 for row in fronts)
+    rows += [*fronts, Row("hypervolume above NSGA-II", above, must=4, unit="of 8")]
+    return [Row(r.name, r.measured, unit=r.unit, detail=r.detail) for r in rows] if quick else rows
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, processes=1)

@@ -1,0 +1,249 @@
+"""Composite search: one surrogate for each number that is measured, and the goal worked out from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..rl.surrogates import most_likely
+from ..rl.threads import one_blas_thread
+from ..search import Architecture, Goal, SearchContext, SearchSpace, Trial, sample_uniform
+from .moves import neighbours, repair
+from .novelty import Novelty
+
+REFIT_GROWTH = 1.5
+FIT_ON = 200
+WIDTHS = (1.0, 2.0, 4.0, 8.0)
+
+
+class Composite:
+    """Predicts accuracy and each cost by itself, and tries what most improves the goal made of them.
+
+    What a goal is made of does not change when its target, multiplier or weights do: every trial stays
+    of use under the goal of the moment (``SearchContext.goal``), and one search can serve several
+    targets.  Without a goal the reward itself is the one number that is modelled.
+
+    Candidates are the neighbours of the best trials under the goal, recombinations of them, and uniform
+    draws.  The expected improvement of the goal is a mean over draws from the models.
+
+    Source: Astudillo and Frazier, Bayesian Optimization of Composite Functions (2019), sections 3 and 4;
+    within a batch the models believe their own predictions (Ginsbourger et al., "kriging believer",
+    2010).
+    Deviations: candidates are local moves and draws, not the solution of a continuous problem; costs are
+    modelled on a logarithmic scale; accuracies far below the median count as equally bad.
+
+    Args:
+        space: where to search.
+        seed: of its own generator.
+        allow_repeats: proposes an architecture again although it was asked or told before.
+        initial: random trials before the models are used.
+        incumbents: how many of the best trials the candidates start from.
+        proposals: how many recombinations, and how many uniform draws, are judged for each batch.
+        draws: from the models, to estimate an improvement.
+        memory: the models see at most so many trials, one half the best and one half the latest.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        seed: int,
+        allow_repeats: bool = False,
+        initial: int = 10,
+        incumbents: int = 10,
+        proposals: int = 50,
+        draws: int = 64,
+        memory: int = 600,
+    ) -> None:
+        if min(initial, memory) < 2 or min(incumbents, draws) < 1 or proposals < 0:
+            raise ConfigError(
+                f"initial = {initial}, memory = {memory}, incumbents = {incumbents}, draws = {draws}, "
+                f"proposals = {proposals}: give at least 2, 2, 1, 1 and 0"
+            )
+        self._space = space
+        self._rng = np.random.default_rng(seed)
+        self._novelty = Novelty(space, self._rng, allow_repeats=allow_repeats)
+        self._sizes = [len(decision.choices) for decision in space.decisions]
+        self._offsets = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
+        self._initial = initial
+        self._incumbents = incumbents
+        self._proposals = proposals
+        self._draws = draws
+        self._memory = memory
+        self._trials: list[Trial] = []
+        self._around: dict[str, list[Architecture]] = {}
+        self._hyper: dict[str, tuple[int, float, float]] = {}
+
+    @one_blas_thread()
+    def ask(self, count: int, context: SearchContext) -> list[Architecture]:
+        """``count`` new architectures; fewer only when the space has no more."""
+        goal = context.goal or Goal(("reward",), lambda values: values[..., 0])
+        known = [t for t in self._trials if all(_number(t, name) is not None for name in goal.numbers)]
+        missing = min(count, max(0, self._initial - len(self._trials)))
+        if missing == count or len(known) < 2:
+            return self._novelty.unseen(count)
+        asked = self._novelty.unseen(missing)
+        return asked + self._promising(count - len(asked), goal, known)
+
+    def tell(self, trials: Sequence[Trial]) -> None:
+        """Adds ``trials`` to what the models know."""
+        self._novelty.tell(trials)
+        self._trials += trials
+
+    def _promising(self, count: int, goal: Goal, known: Sequence[Trial]) -> list[Architecture]:
+        values = np.array([[_number(t, name) for name in goal.numbers] for t in known], dtype=float)
+        if len(known) > self._memory:
+            half = self._memory // 2
+            early = np.argsort(-goal.score(values[:-half]), kind="stable")[: self._memory - half]
+            kept = np.concatenate([np.sort(early), np.arange(len(known) - half, len(known))])
+            known, values = [known[i] for i in kept], values[kept]
+        seen = self._one_hot([t.architecture for t in known])
+        models = [self._model(name, seen, values[:, j]) for j, name in enumerate(goal.numbers)]
+        smooth = values.copy()
+        for j, model in enumerate(models):
+            if model.logarithmic:
+                continue  # costs are as measured; one training's accuracy is what training noise left of it
+            smooth[:, j] = np.where(values[:, j] < model.lowest, values[:, j], model.believed())
+        scores = goal.score(smooth)
+        order = np.argsort(-scores, kind="stable")[: self._incumbents]
+        new = self._candidates([known[i] for i in order])
+        if not new:
+            return self._novelty.unseen(count)
+        beliefs = [_Belief.of(model, self._one_hot(new)) for model in models]
+        noise = self._rng.standard_normal((self._draws, len(models)))
+        best = float(scores.max())
+        chosen: list[Architecture] = []
+        left = np.ones(len(new), dtype=bool)
+        while len(chosen) < count and left.any():
+            mean = np.stack([b.mean for b in beliefs], axis=1)
+            deviation = np.stack([b.deviation() for b in beliefs], axis=1)
+            for width in WIDTHS:  # where no draw improves anything, further out in the tails
+                drawn = mean + width * noise[:, None, :] * deviation  # [draws, candidates, numbers]
+                for j, model in enumerate(models):
+                    drawn[:, :, j] = model.restore(drawn[:, :, j])
+                gain = np.maximum(goal.score(drawn) - best, 0.0).mean(axis=0)
+                if gain[left].max() > 0:
+                    break
+            gain = np.where(left, gain, -np.inf)
+            index = int(self._rng.choice(np.flatnonzero(gain == gain.max())))
+            left[index] = False
+            if self._novelty.take(new[index]):
+                chosen.append(new[index])
+                for belief in beliefs:
+                    belief.believe(index)
+        return chosen + self._novelty.unseen(count - len(chosen))
+
+    def _candidates(self, best: Sequence[Trial]) -> list[Architecture]:
+        """New architectures near the best trials, between them, and anywhere."""
+        found: dict[Architecture, None] = {}
+        for trial in best:
+            if trial.key not in self._around:
+                self._around[trial.key] = neighbours(
+                    self._space, trial.architecture, self._rng, limit=64
+                )
+            found.update(dict.fromkeys(self._around[trial.key]))
+        for _ in range(self._proposals):
+            found[sample_uniform(self._space, self._rng)] = None
+            one, other = (best[int(self._rng.integers(len(best)))].architecture.choices for _ in range(2))
+            mixed = [
+                (self._rng.integers(self._sizes[i]) if u < 0.15 else one[i] if u < 0.6 else other[i])
+                for i, u in enumerate(self._rng.random(min(len(one), len(other))))
+            ]
+            found[repair(self._space, [*map(int, mixed), *one[len(mixed):]], self._rng)] = None
+        return [a for a in found if self._novelty.is_new(a)]
+
+    def _model(self, name: str, seen: np.ndarray, values: np.ndarray) -> _Model:
+        fitted_at, length, noise = self._hyper.get(name, (0, 0.0, 0.0))
+        model = _Model.of(name, seen, values, len(self._sizes))
+        if len(values) >= REFIT_GROWTH * fitted_at:
+            rows = slice(max(0, len(values) - FIT_ON), None)
+            choices = np.stack(
+                [seen[rows, o : o + s].argmax(axis=1) - (seen[rows, o : o + s].max(axis=1) == 0)
+                 for o, s in zip(self._offsets, self._sizes, strict=True)], axis=1)
+            length, noise = most_likely(choices, model.targets[rows])
+            self._hyper[name] = (len(values), length, noise)
+        model.condition(length, noise)
+        return model
+
+    def _one_hot(self, architectures: Sequence[Architecture]) -> np.ndarray:
+        """Float [architectures, choices of all decisions]; zeros where a decision was not reached."""
+        rows = np.zeros((len(architectures), sum(self._sizes)))
+        for row, architecture in zip(rows, architectures, strict=True):
+            row[self._offsets[: len(architecture.choices)] + np.array(architecture.choices, dtype=int)] = 1.0
+        return rows
+
+
+class _Model:
+    """A Gaussian process of one number.  n trials told, decisions one-hot."""
+
+    def __init__(self, seen, targets, lowest, logarithmic, decisions):
+        self.seen, self.targets, self.lowest, self.logarithmic = seen, targets, lowest, logarithmic
+        self.decisions = decisions
+
+    @staticmethod
+    def of(name: str, seen: np.ndarray, values: np.ndarray, decisions: int) -> _Model:
+        if name in ("accuracy", "reward"):
+            median = float(np.median(values))
+            lowest = 2 * median - float(values.max())
+            return _Model(seen, np.maximum(values, lowest), lowest, False, decisions)
+        return _Model(seen, np.log(np.maximum(values, 1e-30)), -np.inf, True, decisions)
+
+    def restore(self, targets: np.ndarray) -> np.ndarray:
+        return np.exp(targets) if self.logarithmic else targets
+
+    def kernel(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        # A decision that neither has reached is equal in both.
+        reached = one.sum(axis=1)[:, None], other.sum(axis=1)[None, :]
+        differ = np.maximum(*reached) - one @ other.T
+        return np.exp(-differ / (self.decisions * self.length))
+
+    def condition(self, length: float, noise: float) -> None:
+        self.length, self.noise = length, noise
+        kernel = self.kernel(self.seen, self.seen)
+        self._kernel = kernel
+        self.inverse = np.linalg.inv(kernel + noise * np.eye(len(kernel)))
+        sums = self.inverse.sum(axis=0)
+        self.mean = float(sums @ self.targets / sums.sum())
+        residual = self.targets - self.mean
+        self.weights = self.inverse @ residual
+        self.scale = max(float(residual @ self.weights) / len(residual), 1e-12)
+
+    def believed(self) -> np.ndarray:
+        return self.mean + self._kernel @ self.weights
+
+
+@dataclass
+class _Belief:
+    model: _Model
+    features: np.ndarray
+    kernel: np.ndarray
+    solved: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+
+    @staticmethod
+    def of(model: _Model, features: np.ndarray) -> _Belief:
+        kernel = model.kernel(features, model.seen)
+        solved = kernel @ model.inverse
+        variance = np.maximum(1.0 - np.einsum("ij,ij->i", solved, kernel), 1e-9)
+        return _Belief(model, features, kernel, solved, model.mean + kernel @ model.weights, variance)
+
+    def deviation(self) -> np.ndarray:
+        return np.sqrt(self.model.scale * self.variance)
+
+    def believe(self, index: int) -> None:
+        """Conditions on the prediction for candidate ``index``: the mean stays, the variance shrinks."""
+        own = self.model.kernel(self.features, self.features[index : index + 1])[:, 0]
+        shared = own - self.solved @ self.kernel[index]
+        self.variance = np.maximum(
+            self.variance - shared**2 / (self.variance[index] + self.model.noise), 1e-9
+        )
+
+
+def _number(trial: Trial, name: str) -> float | None:
+    if name == "reward":
+        return trial.reward
+    return trial.measurement.value(name) if trial.measurement.failure is None else None
