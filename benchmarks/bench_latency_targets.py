@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from cells import cell
@@ -45,18 +46,9 @@ from rlnas_fast.search.rewards import PointwiseReward
 from rlnas_fast.spaces import cell_201
 from rlnas_fast.strategies import composite, evolution, moves, novelty, nsga2, ppo, reinforce
 
-EVALUATIONS, FRONT_EVALUATIONS, SEEDS = 500, 300, 40
+EVALUATIONS, FRONT_EVALUATIONS, SEEDS, FEW_SEEDS = 500, 300, 40, 10
 PERCENTILES = (30, 50)
 BATCH = 5
-
-SHARED = (goals, loop, surrogates, moves, novelty, cell_201, serial, Path(__file__))
-CODE = {
-    "composite": (composite, *SHARED),
-    "evolution": (evolution, *SHARED),
-    "nsga2": (nsga2, *SHARED),
-    "reinforce": (reinforce, policies, *SHARED),
-    "ppo": (ppo, policies, *SHARED),
-}
 
 
 @dataclass(frozen=True)
@@ -148,8 +140,20 @@ FRONT_METHODS: dict[str, tuple[Callable[..., Strategy], Callable[[], Reward], in
 }
 
 
+SHARED = (
+    goals, loop, moves, novelty, cell_201, serial, Column, Look, columns, trials_of, deb,
+)  # fmt: skip
+CODE: dict[str, tuple[ModuleType | Callable[..., object], ...]] = {
+    "composite": (composite, surrogates, *SHARED),
+    "evolution": (evolution, *SHARED),
+    "nsga2": (nsga2, *SHARED),
+    "reinforce": (reinforce, policies, *SHARED),
+    "ppo": (ppo, policies, *SHARED),
+}
+
+
 def meet(column: Column, method: str, percentile: float, seeds: int, evaluations: int) -> np.ndarray:
-    """Score in percent and latency / target of each seed's pick: float [seeds, 2]; NaN where there is none."""
+    """Score in percent and latency / target of each seed's pick: float [seeds, 2]; NaN if there is none."""
     make, reward, batch = TARGET_METHODS[method]
     target, rows = column.target(percentile), []
     for seed in range(seeds):
@@ -184,10 +188,8 @@ def volume(column: Column, found: list[Architecture]) -> float:
 def target_rows(column: Column, percentile: float, seeds: int, others: bool) -> list[Row]:
     found = {}
     for method in TARGET_METHODS if others else ("composite", "evolution"):
-        name = f"{column.name} {percentile} {method}, {seeds} x {EVALUATIONS}"
-        found[method] = cell(
-            name, CODE[method], functools.partial(meet, column, method, percentile, seeds, EVALUATIONS)
-        )
+        count = seeds if method in ("composite", "evolution") else min(seeds, FEW_SEEDS)
+        found[method] = target_cell(column, method, percentile, count)
     for method, values in found.items():
         score, distance = values[:, 0], values[:, 1]
         print(
@@ -207,12 +209,22 @@ def target_rows(column: Column, percentile: float, seeds: int, others: bool) -> 
     ]  # fmt: skip
 
 
+def target_cell(column: Column, method: str, percentile: float, seeds: int) -> np.ndarray:
+    compute = functools.partial(meet, column, method, percentile, seeds, EVALUATIONS)
+    setting = TARGET_METHODS[method][::2]
+    return cell(
+        f"{column.name} {percentile} {setting}, {seeds} x {EVALUATIONS}", (*CODE[method], meet), compute
+    )
+
+
+def front_cell(column: Column, method: str, seeds: int) -> np.ndarray:
+    compute = functools.partial(front, column, method, seeds, FRONT_EVALUATIONS)
+    setting = FRONT_METHODS[method][::2]
+    return cell(f"{column.name} {setting}, {seeds} x {FRONT_EVALUATIONS}", (*CODE[method], front), compute)
+
+
 def front_row(column: Column, seeds: int) -> Row:
-    ours, theirs = (
-        cell(f"{column.name} {method}, {seeds} x {FRONT_EVALUATIONS}", CODE[method],
-             functools.partial(front, column, method, seeds, FRONT_EVALUATIONS))
-        for method in FRONT_METHODS
-    )  # fmt: skip
+    ours, theirs = (front_cell(column, method, seeds) for method in FRONT_METHODS)
     mean, half = interval(ours - theirs)
     return Row(
         f"{column.name}: hypervolume - NSGA-II", mean, must=0.0, unit="",

@@ -51,6 +51,8 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "model-based": "rlnas_fast.strategies.model_based:ModelBased",
         "evolution": "rlnas_fast.strategies.evolution:Evolution",
         "local-search": "rlnas_fast.strategies.local_search:LocalSearch",
+        "composite": "rlnas_fast.strategies.composite:Composite",
+        "nsga2": "rlnas_fast.strategies.nsga2:Nsga2",
     },
     "reward": {
         "accuracy": "rlnas_fast.search.rewards:accuracy",
@@ -60,6 +62,9 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "size-penalty": "rlnas_fast.search.rewards:size_penalty",
         "weighted-sum": "rlnas_fast.search.rewards:weighted_sum",
         "constrained": "rlnas_fast.search.rewards:constrained",
+        "adaptive": "rlnas_fast.search.goals:adaptive",
+        "hypervolume-gain": "rlnas_fast.search.goals:hypervolume_gain",
+        "random-scalarisation": "rlnas_fast.search.goals:random_scalarisation",
     },
     "evaluator": {
         "train-child": "rlnas_fast.evaluators.train_child:TrainChild",
@@ -76,6 +81,16 @@ LIMITS = {
     "max_latency_ms": ("latency_s", 1e-3),
     "max_params": ("parameters", 1.0),
     "max_flops": ("flops", 1.0),
+}
+
+OBJECTIVES = {
+    "accuracy": "accuracy",
+    "latency": "latency_s",
+    "energy": "energy_j",
+    "memory": "peak_memory_bytes",
+    "params": "parameters",
+    "flops": "flops",
+    "robustness": "robust_accuracy",
 }
 
 TABLE_SPEC = search.TaskSpec((3, 32, 32), 10)  # a table needs no data; its networks were trained on CIFAR
@@ -119,7 +134,8 @@ class SearchConfig(BaseModel):
     space: Named = Component(name="chain-cnn")
     task: Named = Component(name="digits")
     strategy: Named = Component(name="reinforce")
-    reward: Named | None = None  # soft where latency is measured, else accuracy
+    # adaptive with targets, hypervolume-gain with objectives, else soft or, without latency, accuracy
+    reward: Named | None = None
     evaluator: Named = Component(name="train-child")
     meter: Named | None = None  # that of the device
     recipe: dict[str, Any] = {}
@@ -135,6 +151,8 @@ class SearchConfig(BaseModel):
     child_timeout_seconds: Positive | None = None
     child_memory_bytes: Annotated[int, Field(ge=1)] | None = None
     target_latency_ms: Positive | None = None
+    targets: tuple[Positive, ...] = ()  # several target latencies, in milliseconds
+    objectives: tuple[str, ...] = ()
     max_latency_ms: Positive | None = None
     max_params: Positive | None = None
     max_flops: Positive | None = None
@@ -153,11 +171,40 @@ class SearchConfig(BaseModel):
                 f"max_latency_ms = {self.max_latency_ms}: "
                 "give a target at or below the limit"
             )
+        if self.targets and self.target_latency_ms:
+            raise ValueError("target_latency_ms and targets were both given: give one of them")
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets = {', '.join(map(str, self.targets))}: give each once")
+        if self.objectives:
+            self._sensible_objectives()
         if self.devices and self.workers not in (1, len(self.devices)):
             raise ValueError(
                 f"workers = {self.workers} with {len(self.devices)} devices: each device has one worker"
             )
         return self
+
+    def _sensible_objectives(self) -> None:
+        for name in self.objectives:
+            if name not in OBJECTIVES:
+                raise unknown_name("objective", name, OBJECTIVES)
+        if len(self.objectives) < 2 or len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"objectives = {', '.join(self.objectives)}: name at least two, each once")
+        if self.targets or self.target_latency_ms:
+            raise ValueError(
+                "objectives and a target were both given: objectives keep a whole front, a target picks one "
+                "point of it; give one of them, or a limit such as max_latency_ms with the objectives"
+            )
+
+    @property
+    def targets_s(self) -> tuple[float, ...]:
+        """The target latencies in seconds, in the order given."""
+        one = () if self.target_latency_ms is None else (self.target_latency_ms,)
+        return tuple(value / 1e3 for value in (*one, *self.targets))
+
+    @property
+    def objective_numbers(self) -> tuple[str, ...]:
+        """The objectives by the names of their numbers in a measurement."""
+        return tuple(OBJECTIVES[name] for name in self.objectives)
 
     @property
     def limits(self) -> dict[str, float]:
@@ -212,7 +259,13 @@ def build(config: SearchConfig, objects: Mapping[str, Any] | None = None) -> Par
     task = None if tabular else given.get("task") or make("task", config.task)
     task_spec = TABLE_SPEC if task is None else task.spec
     space = _part("space", given, config.space, task_spec)
-    strategy = _part("strategy", given, config.strategy, space, seed=config.seed)
+    config = _with_goal_defaults(config, given)
+    strategy = _part("strategy", given, _with_objectives("strategy", config), space, seed=config.seed)
+    if config.targets and not getattr(strategy, "conditioned", False):
+        raise ConfigError(
+            f"targets = {', '.join(f'{t:g}' for t in config.targets)}: strategy {config.strategy.name!r} "
+            "cannot be told a target; use composite, reinforce or ppo, or one --target-latency-ms"
+        )
     devices = ["cpu"] if tabular else [resolve_device(name) for name in config.devices or (config.device,)]
     if "evaluator" in given or config.evaluator.name != "train-child":
         evaluator = _part("evaluator", given, config.evaluator, space, task)
@@ -338,17 +391,43 @@ def _members(protocol: type) -> list[str]:
 
 
 def _reward(config: SearchConfig, given: Mapping[str, Any]) -> search.Reward:
-    component = config.reward
+    component = _with_objectives("reward", config)
     assert component is not None
     if config.target_latency_ms is not None:
         if "reward" in given or "target" not in options_of(find("reward", component.name)):
             raise ConfigError(
                 f"reward {component.name!r} takes no target: "
-                "use soft, hard or absolute with --target-latency-ms"
+                "use adaptive, soft, hard or absolute with --target-latency-ms"
             )
         component = _with_options(component, target=config.target_latency_ms / 1e3)
+    if config.targets:
+        if "reward" in given or "targets" not in options_of(find("reward", component.name)):
+            raise ConfigError(f"reward {component.name!r} takes one target at most: use adaptive")
+        component = _with_options(component, targets=config.targets_s)
     reward: search.Reward = _part("reward", given, component)
     return rewards.limited(reward, config.limits) if config.limits else reward
+
+
+def _with_goal_defaults(config: SearchConfig, given: Mapping[str, Any]) -> SearchConfig:
+    """With the reward, and the strategy where none was named, that serve targets and objectives."""
+    if not (config.targets_s or config.objectives):
+        return config
+    update = {}
+    if config.reward is None:
+        update["reward"] = Component(name="adaptive" if config.targets_s else "hypervolume-gain")
+    if "strategy" not in config.model_fields_set and "strategy" not in given:
+        update["strategy"] = Component(name="composite")
+    return config.model_copy(update=update)
+
+
+def _with_objectives(kind: str, config: SearchConfig) -> Component:
+    """The component named for ``kind``, told the objectives of the search if it takes any."""
+    component: Component = getattr(config, kind)
+    if not config.objectives or (component.name not in COMPONENTS[kind] and ":" not in component.name):
+        return component
+    factory = find(kind, component.name)
+    takes = callable(factory) and "objectives" in options_of(factory)
+    return _with_options(component, objectives=config.objective_numbers) if takes else component
 
 
 def _executor(config: SearchConfig, devices: list[str]) -> search.Executor:

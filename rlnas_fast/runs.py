@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,8 @@ from . import __version__, search
 from .compose import Component, Parts, SearchConfig, build, make, read_config
 from .errors import ReplayMismatch, RunError
 from .report.front import front_of, save_front_picture
-from .search import Budget, Measurement, Request, Trial
+from .search import Archive, Budget, Measurement, Request, Trial
+from .search.goals import Adaptive, excess, volumes
 from .search.rewards import within
 from .storage.measurement_cache import SqliteCache
 from .storage.sqlite_log import SqliteLog
@@ -217,35 +219,94 @@ def _go_on(parts: Parts, folder: Path, progress: Progress, *, replay: bool) -> R
         return _finish(parts, folder, result, progress)
 
 
+@dataclass(frozen=True)
+class _Wish:
+    """One network that a run is to end with.
+
+    Attributes:
+        limits: what it must keep.
+        rank: larger is better; None ranks by reward.
+        name: of its files, beside "best".
+    """
+
+    limits: Mapping[str, float]
+    rank: Callable[[Measurement], float] | None = None
+    name: str = "best"
+
+
+@dataclass(frozen=True)
+class _Pick:
+    """What became of a wish."""
+
+    wish: _Wish
+    trial: Trial | None
+    module: Any
+    confirmations: dict[int, list[Measurement]]
+    test_accuracy: float | None = None
+
+
+def _wishes(parts: Parts, trials: Sequence[Trial]) -> list[_Wish]:
+    """One for each target that is to be kept, the loosest first; else one, of the front or by reward."""
+    config = parts.config
+    aim = parts.reward if isinstance(parts.reward, Adaptive) else getattr(parts.reward, "reward", None)
+    if isinstance(aim, Adaptive):
+        cost = aim.cost
+        targets = sorted(aim.targets, reverse=True)
+        return [
+            _Wish(
+                {**config.limits, cost: min(target, config.limits.get(cost, target))},
+                functools.partial(_meets_first, cost=cost, target=target),
+                "best" if target == targets[0] else f"best-{1e3 * target:g}ms",
+            )
+            for target in targets
+        ]
+    if config.objectives:
+        archive = Archive(config.objective_numbers)
+        archive.add(trials)
+        return [_Wish(config.limits, archive.nearness if archive.members else None)]
+    return [_Wish(config.limits)]
+
+
+def _meets_first(measurement: Measurement, cost: str, target: float) -> float:
+    above = excess(measurement, cost, target)
+    return -1.0 - above if above > 0 else measurement.accuracy or 0.0
+
+
 def _finish(parts: Parts, folder: Path, result: search.SearchResult, progress: Progress) -> RunResult:
-    """Confirms the best few, reads the test split once for the winner, and writes the report."""
-    chosen, module, confirmations = _confirm(parts, result.trials, progress)
-    test_accuracy = None
-    for name in ("best.json", "best.safetensors"):
-        (folder / name).unlink(missing_ok=True)
-    if chosen is not None and module is not None:
-        test_accuracy = parts.evaluator.test_accuracy(module)  # type: ignore[attr-defined]
-        _save_weights(module, folder / "best.safetensors")
-    summary = _summary(parts, result, chosen, confirmations, test_accuracy)
-    if chosen is not None:
-        _write(folder / "best.json", json.dumps(_best(parts, chosen, confirmations, test_accuracy), indent=2))
+    """Confirms the best few, reads the test split once for each winner, and writes the report."""
+    for file in (*folder.glob("best*.json"), *folder.glob("best*.safetensors")):
+        file.unlink()
+    picks = []
+    for wish in _wishes(parts, result.trials):
+        pick = _confirm(parts, result.trials, progress, wish)
+        if pick.trial is not None and pick.module is not None:
+            accuracy = parts.evaluator.test_accuracy(pick.module)  # type: ignore[attr-defined]
+            pick = replace(pick, test_accuracy=accuracy)
+            _save_weights(pick.module, folder / f"{wish.name}.safetensors")
+        picks.append(replace(pick, module=None))
+        if pick.trial is not None:
+            best = _best(parts, pick.trial, pick.confirmations, pick.test_accuracy)
+            _write(folder / f"{wish.name}.json", json.dumps(best, indent=2))
+    chosen, test_accuracy = picks[0].trial, picks[0].test_accuracy
+    summary = _summary(parts, result, picks)
     save_front_picture(result.trials, folder / "pareto.png", chosen.number if chosen else None)
     _write(folder / "summary.json", json.dumps(summary, indent=2))
-    return RunResult(folder, result.trials, front_of(result.trials), chosen, test_accuracy, summary)
+    front = front_of(result.trials, parts.config.objective_numbers)
+    return RunResult(folder, result.trials, front, chosen, test_accuracy, summary)
 
 
-def _confirm(
-    parts: Parts, trials: Sequence[Trial], progress: Progress
-) -> tuple[Trial | None, Any, dict[int, list[Measurement]]]:
-    """Trains the best few again with other seeds at the full budget; (winner, its network, all figures)."""
+def _confirm(parts: Parts, trials: Sequence[Trial], progress: Progress, wish: _Wish) -> _Pick:
+    """Trains the best few again with other seeds at the full budget."""
     config = parts.config
-    allowed = [t for t in trials if t.state == "complete" and within(t.measurement, config.limits)]
+    allowed = [t for t in trials if t.state == "complete" and within(t.measurement, wish.limits)]
+    ranks = {t.number: t.reward if wish.rank is None else wish.rank(t.measurement) for t in allowed}
     first_of = {
-        trial.key: trial for trial in sorted(allowed, key=lambda trial: (trial.reward, -trial.number))
+        trial.key: trial for trial in sorted(allowed, key=lambda trial: (ranks[trial.number], -trial.number))
     }
-    finalists = sorted(first_of.values(), key=lambda trial: (-trial.reward, trial.number))[: config.confirm]
+    finalists = sorted(first_of.values(), key=lambda trial: (-ranks[trial.number], trial.number))
+    finalists = finalists[: config.confirm]
     if not finalists or not hasattr(parts.evaluator, "train"):
-        return (finalists[0] if finalists else None), None, {}
+        return _Pick(wish, finalists[0] if finalists else None, None, {})
     budget = Budget(config.confirm_epochs or 2 * config.epochs)
     total = len(finalists) * config.confirm_seeds
     confirmations: dict[int, list[Measurement]] = {}
@@ -259,16 +320,18 @@ def _confirm(
             networks.append((measurement.accuracy or 0.0, again, module))
             progress.confirmed(len(confirmations) * config.confirm_seeds + again + 1, total)
         confirmations[trial.number] = measured
-        mean = _mean_reward(parts, measured, trials)
+        mean = _mean_rank(parts, measured, trials, wish)
         if best is None or mean > best[0]:
             best = (mean, trial, max(networks, key=lambda entry: entry[:2])[2])
     assert best is not None
-    return best[1], best[2], confirmations
+    return _Pick(wish, best[1], best[2], confirmations)
 
 
-def _mean_reward(parts: Parts, measured: Sequence[Measurement], trials: Sequence[Trial]) -> float:
+def _mean_rank(parts: Parts, measured: Sequence[Measurement], trials: Sequence[Trial], wish: _Wish) -> float:
     good = [m for m in measured if m.failure is None]
-    values = parts.reward(good, trials) + [parts.reward.floor] * (len(measured) - len(good))
+    values = parts.reward(good, trials) if wish.rank is None else [wish.rank(m) for m in good]
+    floor = parts.reward.floor if wish.rank is None else min([*values, -1.0]) - 1.0
+    values = values + [floor] * (len(measured) - len(good))
     return sum(values) / len(values)
 
 
@@ -293,13 +356,7 @@ def _best(
     }
 
 
-def _summary(
-    parts: Parts,
-    result: search.SearchResult,
-    chosen: Trial | None,
-    confirmations: Mapping[int, Sequence[Measurement]],
-    test_accuracy: float | None,
-) -> dict[str, Any]:
+def _summary(parts: Parts, result: search.SearchResult, picks: Sequence[_Pick]) -> dict[str, Any]:
     def row(trial: Trial) -> dict[str, Any]:
         m = trial.measurement
         return {
@@ -308,25 +365,40 @@ def _summary(
             "accuracy": m.accuracy,
             "latency_s": m.cost.latency_s,
             "parameters": m.parameters,
+            **{name: m.value(name) for name in objectives if name not in ("accuracy", "latency_s")},
             "reward": trial.reward,
             "caveats": list(m.cost.caveats),
         }
 
-    trials = result.trials
+    trials, chosen = result.trials, picks[0].trial
+    objectives = parts.config.objective_numbers
     return {
         "stopped": result.stopped,
         "trials": len(trials),
         "failed": sum(trial.state == "failed" for trial in trials),
         "from_cache": sum(trial.cached for trial in trials),
         "evaluation_seconds": sum(trial.seconds for trial in trials),
-        "limits": parts.config.limits,
-        "nearest_to_limits": _nearest(trials, parts.config.limits) if chosen is None else {},
-        "pareto": [row(trial) for trial in front_of(trials)],
+        "limits": dict(picks[0].wish.limits),
+        "nearest_to_limits": _nearest(trials, picks[0].wish.limits) if chosen is None else {},
+        "objectives": list(objectives),
+        "pareto": [row(trial) for trial in front_of(trials, objectives)],
+        "hypervolume": {str(k): v for k, v in volumes(trials, objectives).items()} if objectives else None,
+        "picks": [
+            {
+                "limits": dict(pick.wish.limits),
+                "network": None if pick.trial is None else row(pick.trial),
+                "test_accuracy": pick.test_accuracy,
+                "score": None if pick.trial is None else pick.trial.measurement.value("score"),
+                "nearest": _nearest(trials, pick.wish.limits) if pick.trial is None else {},
+                "file": f"{pick.wish.name}.json",
+            }
+            for pick in picks
+        ],
         "chosen": row(chosen) if chosen else None,
         "confirmed_accuracy": {
-            str(number): [m.accuracy for m in measured] for number, measured in confirmations.items()
+            str(number): [m.accuracy for m in measured] for number, measured in picks[0].confirmations.items()
         },
-        "test_accuracy": test_accuracy,
+        "test_accuracy": picks[0].test_accuracy,
         "score": chosen.measurement.value("score") if chosen else None,
         "evaluator": dict(parts.evaluator.identity()),
         "versions": versions(),

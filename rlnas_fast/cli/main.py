@@ -82,6 +82,10 @@ def search(
     workers: Annotated[int | None, typer.Option(help="Children trained side by side.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each child.")] = None,
     target_latency_ms: Annotated[float | None, typer.Option(help="Latency the reward aims at.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Several target latencies, in ms: 1,2,4.")] = None,
+    objectives: Annotated[
+        str | None, typer.Option(help="Keep a whole front of these, e.g. accuracy,latency,energy.")
+    ] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Hard limit.")] = None,
     max_params: Annotated[float | None, typer.Option(help="Hard limit.")] = None,
     max_flops: Annotated[float | None, typer.Option(help="Hard limit, of one sample's forward pass.")] = None,
@@ -102,7 +106,9 @@ def search(
         "devices": devices.split(",") if devices else None, "workers": workers, "threads": threads,
         "evaluator.reward_column": reward_column, "evaluator.score_column": score_column,
         "evaluator.latency_column": latency_column,
-        "target_latency_ms": target_latency_ms, "max_latency_ms": max_latency_ms, "max_params": max_params,
+        "target_latency_ms": target_latency_ms, "targets": _numbers("--targets", targets),
+        "objectives": objectives.split(",") if objectives is not None else None,
+        "max_latency_ms": max_latency_ms, "max_params": max_params,
         "max_flops": max_flops, "max_seconds": max_seconds, "durability": durability,
         "cache": str(cache) if cache else None,
         "task.classes": _integers("--classes", classes),
@@ -234,6 +240,15 @@ def _integers(option: str, text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{option} {text}: write whole numbers with commas, e.g. 0,1,2") from None
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: write numbers with commas, e.g. 1,2,4") from None
 
 
 def _fail(message: str, code: int = 2) -> int:

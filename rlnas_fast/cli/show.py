@@ -22,9 +22,17 @@ def print_result(result: RunResult) -> None:
     summary = result.summary
     config = saved_config(result.folder)
     console.print(
-        front_table(result.trials, _space_of(config, result), result.best.number if result.best else None)
+        front_table(
+            result.trials,
+            _space_of(config, result),
+            result.best.number if result.best else None,
+            config.objective_numbers,
+        )
     )
     _print_counts(console, summary)
+    _print_volume(console, summary.get("hypervolume"))
+    if len(summary.get("picks", ())) > 1:
+        _print_picks(console, summary["picks"])
     if result.best is None:
         near = ", ".join(f"{name} {value:g}" for name, value in summary["nearest_to_limits"].items())
         asked = ", ".join(f"{name} <= {value:g}" for name, value in summary["limits"].items())
@@ -101,6 +109,31 @@ def _print_counts(console: Console, summary: dict[str, Any]) -> None:
         console.print("Ended early: the strategy has nothing left to propose.", highlight=False)
     if summary["stopped"] == "seconds":
         console.print("Ended early: --max-seconds is used up.", highlight=False)
+
+
+def _print_volume(console: Console, volumes: dict[str, float] | None) -> None:
+    if volumes:
+        figures = ", ".join(f"{count}: {volume:.3f}" for count, volume in volumes.items())
+        console.print(
+            f"Hypervolume by trials (share of the box from the worst to the best seen): {figures}",
+            highlight=False,
+        )
+        console.print("Chosen is what is nearest to that box's best corner, by retraining.", highlight=False)
+
+
+def _print_picks(console: Console, picks: list[dict[str, Any]]) -> None:
+    for pick in picks:
+        asked = ", ".join(f"{name} <= {value:g}" for name, value in pick["limits"].items())
+        network = pick["network"]
+        if network is None:
+            near = ", ".join(f"{name} {value:g}" for name, value in pick["nearest"].items())
+            console.print(f"{asked}: none was found; the least seen: {near or 'none'}", highlight=False)
+            continue
+        console.print(
+            f"{asked}: trial {network['trial']}, {network['network']}, accuracy "
+            f"{100 * network['accuracy']:.2f} %, {1e3 * network['latency_s']:.4g} ms ({pick['file']})",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _space_of(config: Any, result: RunResult) -> SearchSpace:

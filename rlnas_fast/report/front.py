@@ -8,38 +8,47 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from ..search import SearchSpace, Trial, pareto_front
+from ..search import MAXIMISED, SearchSpace, Trial, pareto_front
 
-OBJECTIVES = (("accuracy", 1.0), ("latency_s", -1.0), ("parameters", -1.0))
+OBJECTIVES = ("accuracy", "latency_s", "parameters")
 
 
-def front_of(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+def front_of(trials: Sequence[Trial], objectives: Sequence[str] = ()) -> tuple[Trial, ...]:
     """The trials no other one beats in accuracy, latency and parameters, the most accurate first.
+
+    ``objectives`` names other numbers of a measurement in their place.
 
     A number that no trial has does not count; a trial that lacks one that others have is left out.
     """
     done = [trial for trial in trials if trial.state == "complete"]
-    values = np.array(
-        [[_signed(trial, name, sign) for name, sign in OBJECTIVES] for trial in done], dtype=float
-    ).reshape(len(done), len(OBJECTIVES))
+    names = objectives or OBJECTIVES
+    values = np.array([[_signed(trial, name) for name in names] for trial in done], dtype=float)
+    values = values.reshape(len(done), len(names))
     measured = values[:, ~np.isnan(values).all(axis=0)] if done else values
     front = [done[row] for row in pareto_front(measured)] if measured.size else []
     return tuple(sorted(front, key=lambda trial: -(trial.measurement.accuracy or 0.0)))
 
 
-def front_table(trials: Sequence[Trial], space: SearchSpace, chosen: int | None = None) -> Table:
+def front_table(
+    trials: Sequence[Trial],
+    space: SearchSpace,
+    chosen: int | None = None,
+    objectives: Sequence[str] = (),
+) -> Table:
     """The front for a terminal; the chosen trial carries a star."""
     table = Table(title="Pareto front", title_justify="left")
-    for heading in ("trial", "accuracy %", "latency ms", "parameters", "reward"):
+    further = [name for name in objectives if name not in OBJECTIVES]
+    for heading in ("trial", "accuracy %", "latency ms", "parameters", *further, "reward"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("network", overflow="fold")
-    for trial in front_of(trials):
+    for trial in front_of(trials, objectives):
         m = trial.measurement
         table.add_row(
             f"{'* ' if trial.number == chosen else ''}{trial.number}",
             _cell(m.accuracy, 100, ".2f"),
             _cell(m.cost.latency_s, 1e3, ".3f"),
             _cell(m.parameters, 1, ",.0f"),
+            *(_cell(m.value(name), 1, ".4g") for name in further),
             f"{trial.reward:.4f}",
             space.describe(trial.architecture),
         )
@@ -102,9 +111,9 @@ def _staircase(points: np.ndarray) -> np.ndarray:
     return np.vstack([points[better], [points[-1, 0], best[-1]]])
 
 
-def _signed(trial: Trial, name: str, sign: float) -> float:
+def _signed(trial: Trial, name: str) -> float:
     value = trial.measurement.value(name)
-    return np.nan if value is None else sign * value
+    return np.nan if value is None else value if name in MAXIMISED else -value
 
 
 def _cell(value: float | None, scale: float, form: str) -> str:

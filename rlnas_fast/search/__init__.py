@@ -21,8 +21,8 @@ from .trial import Budget, Cost, Measurement, Trial, child_seed, measurement_key
 
 __all__ = [
     "MAXIMISED",
-    "Archive",
     "Architecture",
+    "Archive",
     "Budget",
     "Cost",
     "CostModel",

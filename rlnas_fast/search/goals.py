@@ -200,9 +200,7 @@ def hypervolume_gain(*, objectives: tuple[str, ...] = ("accuracy", "latency_s"))
     return MultiObjective(_checked(objectives), DIRECTIONS, None)
 
 
-def random_scalarisation(
-    *, objectives: tuple[str, ...] = ("accuracy", "latency_s"), seed: int = 0
-) -> Reward:
+def random_scalarisation(*, objectives: tuple[str, ...] = ("accuracy", "latency_s"), seed: int = 0) -> Reward:
     """The worst of the scaled objectives, each divided by a weight drawn anew for each batch.
 
     Source: Zhang and Golovin, Random Hypervolume Scalarizations for Provable Multi-Objective Black Box
@@ -330,18 +328,31 @@ class Archive:
         """Worst and best of each objective seen, ``more`` included."""
         return np.minimum(self._low, more.min(axis=0)), np.maximum(self._high, more.max(axis=0))
 
-    def volume(self) -> float:
-        """The share of the box between the worst and the best seen that the front dominates: 0 to 1."""
-        if not len(self.front):
-            return 0.0
-        return hypervolume(scale(self.front, self._low, self._high), np.zeros(len(self.objectives)))
+    def scaled(self, points: np.ndarray) -> np.ndarray:
+        """``points`` as fractions of the way from the worst to the best seen."""
+        return scale(points, self._low, self._high)
 
-    def knee(self) -> Trial | None:
-        """The member nearest to the best corner of the box; the most accurate of equals."""
-        if not self.members:
-            return None
-        distance = np.linalg.norm(1.0 - scale(self.front, self._low, self._high), axis=1)
-        return self.members[int(np.lexsort((-self.front[:, 0], distance))[0])]
+    def nearness(self, measurement: Measurement) -> float:
+        """Minus the distance from the best corner of the box, whose sides count as 1: 0 is the corner."""
+        point = self.scaled(self.points([measurement]))
+        return -float(np.linalg.norm(1.0 - point))
+
+
+def volumes(trials: Sequence[Trial], objectives: Sequence[str], points: int = 20) -> dict[int, float]:
+    """Hypervolume by how many trials there were, at the ends of at most ``points`` batches.
+
+    The share of the box between the worst and the best of all ``trials`` that the front dominates, so that
+    it can only grow.
+    """
+    whole, so_far = Archive(objectives), Archive(objectives)
+    whole.add(trials)
+    batches = [trial.batch for trial in trials] + [-1]
+    ends = [i for i in range(1, len(batches)) if batches[i] != batches[i - 1]]
+    found = {}
+    for end in ends[:: -max(1, math.ceil(len(ends) / points))][::-1]:
+        so_far.add(trials[so_far.seen : end])
+        found[end] = hypervolume(whole.scaled(so_far.front), np.zeros(len(so_far.objectives)))
+    return found
 
 
 def scale(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -359,7 +370,7 @@ def _signs(objectives: Sequence[str]) -> np.ndarray:
 
 
 def _achievement(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """min over objectives of point / weight: float [..., objectives] -> [..., directions]."""
+    """Min over objectives of point / weight: float [..., objectives] -> [..., directions]."""
     reached = points[..., None, 0] / weights[:, 0]
     for j in range(1, weights.shape[1]):
         reached = np.minimum(reached, points[..., None, j] / weights[:, j])

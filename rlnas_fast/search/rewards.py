@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import numpy as np
 
 from ..errors import ConfigError
-from .protocols import Reward
+from .protocols import Goal, Reward, SearchContext
 from .trial import Measurement, Trial
 
 DELTA = 1e-8
@@ -200,18 +200,47 @@ def limited(reward: Reward, limits: Mapping[str, float], *, weight: float = 1.0)
     """
     _check_limits(limits)
 
-    @dataclass(frozen=True)
-    class Limited:
-        floor: float = reward.floor - weight * len(limits)
-        needs: tuple[str, ...] = tuple(dict.fromkeys((*reward.needs, *limits)))
+    return Limited(reward, dict(limits), weight)
 
-        def __call__(self, batch: Sequence[Measurement], before: Sequence[Trial]) -> list[float]:
-            return [
-                value - weight * sum(_excess(_number(m, name), limit) for name, limit in limits.items())
-                for value, m in zip(reward(batch, before), batch, strict=True)
-            ]
 
-    return Limited()
+@dataclass(frozen=True)
+class Limited:
+    """The reward that ``limited`` makes."""
+
+    reward: Reward
+    limits: Mapping[str, float]
+    weight: float
+
+    @property
+    def floor(self) -> float:
+        return self.reward.floor - self.weight * len(self.limits)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.reward.needs, *self.limits)))
+
+    def __call__(self, batch: Sequence[Measurement], before: Sequence[Trial]) -> list[float]:
+        return [
+            value - self.weight * sum(_excess(_number(m, name), limit) for name, limit in self.limits.items())
+            for value, m in zip(self.reward(batch, before), batch, strict=True)
+        ]
+
+    def conditioned(self, context: SearchContext, before: Sequence[Trial]) -> SearchContext:
+        """The context of the reward inside, its goal bounded by the limits, too."""
+        condition = getattr(self.reward, "conditioned", None)
+        inner: SearchContext = context if condition is None else condition(context, before)
+        goal = inner.goal
+        if goal is None:
+            return inner
+        count, bounds, weight = len(goal.numbers), np.array(list(self.limits.values())), self.weight
+
+        def score(values: np.ndarray) -> np.ndarray:
+            share = bounds / np.maximum(values[..., count:], 1e-30)
+            return np.asarray(
+                goal.score(values[..., :count]) - weight * (1.0 - share).clip(min=0.0).sum(axis=-1)
+            )
+
+        return replace(inner, goal=Goal((*goal.numbers, *self.limits), score))
 
 
 def summed(parts: Sequence[tuple[float, Reward]]) -> Reward:

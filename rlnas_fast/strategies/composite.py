@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..rl.surrogates import most_likely
 from ..rl.threads import one_blas_thread
-from ..search import Architecture, Goal, SearchContext, SearchSpace, Trial, sample_uniform
+from ..search import MAXIMISED, Architecture, Goal, SearchContext, SearchSpace, Trial, sample_uniform
 from .moves import neighbours, repair
 from .novelty import Novelty
 
@@ -45,6 +45,8 @@ class Composite:
         draws: from the models, to estimate an improvement.
         memory: the models see at most so many trials, one half the best and one half the latest.
     """
+
+    conditioned = True  # can be told a target
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class Composite:
         for j, model in enumerate(models):
             if model.logarithmic:
                 continue  # costs are as measured; one training's accuracy is what training noise left of it
-            smooth[:, j] = np.where(values[:, j] < model.lowest, values[:, j], model.believed())
+            smooth[:, j] = np.where(values[:, j] < model.lowest, values[:, j], model.believed)
         scores = goal.score(smooth)
         order = np.argsort(-scores, kind="stable")[: self._incumbents]
         new = self._candidates([known[i] for i in order])
@@ -141,9 +143,7 @@ class Composite:
         found: dict[Architecture, None] = {}
         for trial in best:
             if trial.key not in self._around:
-                self._around[trial.key] = neighbours(
-                    self._space, trial.architecture, self._rng, limit=64
-                )
+                self._around[trial.key] = neighbours(self._space, trial.architecture, self._rng, limit=64)
             found.update(dict.fromkeys(self._around[trial.key]))
         for _ in range(self._proposals):
             found[sample_uniform(self._space, self._rng)] = None
@@ -152,21 +152,23 @@ class Composite:
                 (self._rng.integers(self._sizes[i]) if u < 0.15 else one[i] if u < 0.6 else other[i])
                 for i, u in enumerate(self._rng.random(min(len(one), len(other))))
             ]
-            found[repair(self._space, [*map(int, mixed), *one[len(mixed):]], self._rng)] = None
+            found[repair(self._space, [*map(int, mixed), *one[len(mixed) :]], self._rng)] = None
         return [a for a in found if self._novelty.is_new(a)]
 
     def _model(self, name: str, seen: np.ndarray, values: np.ndarray) -> _Model:
         fitted_at, length, noise = self._hyper.get(name, (0, 0.0, 0.0))
-        model = _Model.of(name, seen, values, len(self._sizes))
+        logarithmic = name not in (*MAXIMISED, "reward")
+        lowest = -np.inf if logarithmic else 2 * float(np.median(values)) - float(values.max())
+        targets = np.log(np.maximum(values, 1e-30)) if logarithmic else np.maximum(values, lowest)
         if len(values) >= REFIT_GROWTH * fitted_at:
-            rows = slice(max(0, len(values) - FIT_ON), None)
-            choices = np.stack(
-                [seen[rows, o : o + s].argmax(axis=1) - (seen[rows, o : o + s].max(axis=1) == 0)
-                 for o, s in zip(self._offsets, self._sizes, strict=True)], axis=1)
-            length, noise = most_likely(choices, model.targets[rows])
+            length, noise = most_likely(self._choices(seen[-FIT_ON:]), targets[-FIT_ON:])
             self._hyper[name] = (len(values), length, noise)
-        model.condition(length, noise)
-        return model
+        return _Model.of(seen, targets, length * len(self._sizes), noise, lowest, logarithmic)
+
+    def _choices(self, one_hot: np.ndarray) -> np.ndarray:
+        """Int [rows, decisions]; -1 for a decision that was not reached."""
+        blocks = np.split(one_hot, self._offsets[1:], axis=1)
+        return np.stack([np.where(b.any(axis=1), b.argmax(axis=1), -1) for b in blocks], axis=1)
 
     def _one_hot(self, architectures: Sequence[Architecture]) -> np.ndarray:
         """Float [architectures, choices of all decisions]; zeros where a decision was not reached."""
@@ -176,47 +178,62 @@ class Composite:
         return rows
 
 
+@dataclass(frozen=True)
 class _Model:
-    """A Gaussian process of one number.  n trials told, decisions one-hot."""
+    """A Gaussian process of one number, with what it has seen of n trials.
 
-    def __init__(self, seen, targets, lowest, logarithmic, decisions):
-        self.seen, self.targets, self.lowest, self.logarithmic = seen, targets, lowest, logarithmic
-        self.decisions = decisions
+    Attributes:
+        seen: float [n, F], one-hot.
+        length: of the kernel, in decisions.
+        noise: variance of the noise, relative to ``scale``.
+        lowest: values below count as this.
+        logarithmic: it predicts the logarithm.
+        mean, scale: of the prior, the most likely ones.
+        inverse: float [n, n], of the kernel matrix with noise.
+        weights: float [n], inverse @ (targets - mean).
+        believed: float [n], its own mean at what it has seen.
+    """
+
+    seen: np.ndarray
+    length: float
+    noise: float
+    lowest: float
+    logarithmic: bool
+    mean: float
+    scale: float
+    inverse: np.ndarray
+    weights: np.ndarray
+    believed: np.ndarray
 
     @staticmethod
-    def of(name: str, seen: np.ndarray, values: np.ndarray, decisions: int) -> _Model:
-        if name in ("accuracy", "reward"):
-            median = float(np.median(values))
-            lowest = 2 * median - float(values.max())
-            return _Model(seen, np.maximum(values, lowest), lowest, False, decisions)
-        return _Model(seen, np.log(np.maximum(values, 1e-30)), -np.inf, True, decisions)
+    def of(
+        seen: np.ndarray, targets: np.ndarray, length: float, noise: float, lowest: float, logarithmic: bool
+    ) -> _Model:
+        """Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), eq. 2.23-2.26."""
+        kernel = _kernel(seen, seen, length)
+        inverse = np.linalg.inv(kernel + noise * np.eye(len(kernel)))
+        sums = inverse.sum(axis=0)
+        mean = float(sums @ targets / sums.sum())
+        weights = inverse @ (targets - mean)
+        scale = max(float((targets - mean) @ weights) / len(targets), 1e-12)
+        believed = mean + kernel @ weights
+        return _Model(seen, length, noise, lowest, logarithmic, mean, scale, inverse, weights, believed)
 
     def restore(self, targets: np.ndarray) -> np.ndarray:
+        """The number whose logarithm, where it is one, is in ``targets``."""
         return np.exp(targets) if self.logarithmic else targets
-
-    def kernel(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        # A decision that neither has reached is equal in both.
-        reached = one.sum(axis=1)[:, None], other.sum(axis=1)[None, :]
-        differ = np.maximum(*reached) - one @ other.T
-        return np.exp(-differ / (self.decisions * self.length))
-
-    def condition(self, length: float, noise: float) -> None:
-        self.length, self.noise = length, noise
-        kernel = self.kernel(self.seen, self.seen)
-        self._kernel = kernel
-        self.inverse = np.linalg.inv(kernel + noise * np.eye(len(kernel)))
-        sums = self.inverse.sum(axis=0)
-        self.mean = float(sums @ self.targets / sums.sum())
-        residual = self.targets - self.mean
-        self.weights = self.inverse @ residual
-        self.scale = max(float(residual @ self.weights) / len(residual), 1e-12)
-
-    def believed(self) -> np.ndarray:
-        return self.mean + self._kernel @ self.weights
 
 
 @dataclass
 class _Belief:
+    """What a model says of m candidates, and of those among them that it takes its own word for.
+
+    Attributes:
+        features: float [m, F], one-hot.
+        kernel, solved: float [m, n], with what the model has seen, and that @ its inverse.
+        mean, variance: float [m]; the variance is relative to the model's scale.
+    """
+
     model: _Model
     features: np.ndarray
     kernel: np.ndarray
@@ -226,21 +243,26 @@ class _Belief:
 
     @staticmethod
     def of(model: _Model, features: np.ndarray) -> _Belief:
-        kernel = model.kernel(features, model.seen)
+        kernel = _kernel(features, model.seen, model.length)
         solved = kernel @ model.inverse
         variance = np.maximum(1.0 - np.einsum("ij,ij->i", solved, kernel), 1e-9)
         return _Belief(model, features, kernel, solved, model.mean + kernel @ model.weights, variance)
 
     def deviation(self) -> np.ndarray:
-        return np.sqrt(self.model.scale * self.variance)
+        return np.asarray(np.sqrt(self.model.scale * self.variance))
 
     def believe(self, index: int) -> None:
         """Conditions on the prediction for candidate ``index``: the mean stays, the variance shrinks."""
-        own = self.model.kernel(self.features, self.features[index : index + 1])[:, 0]
+        own = _kernel(self.features, self.features[index : index + 1], self.model.length)[:, 0]
         shared = own - self.solved @ self.kernel[index]
-        self.variance = np.maximum(
-            self.variance - shared**2 / (self.variance[index] + self.model.noise), 1e-9
-        )
+        explained = shared**2 / (self.variance[index] + self.model.noise)
+        self.variance = np.maximum(self.variance - explained, 1e-9)
+
+
+def _kernel(one: np.ndarray, other: np.ndarray, length: float) -> np.ndarray:
+    """exp(-decisions that differ / length) of one-hot rows; what neither has reached is equal in both."""
+    reached = np.maximum(one.sum(axis=1)[:, None], other.sum(axis=1)[None, :])
+    return np.asarray(np.exp((one @ other.T - reached) / length))
 
 
 def _number(trial: Trial, name: str) -> float | None:

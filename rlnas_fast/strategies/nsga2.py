@@ -76,15 +76,14 @@ class Nsga2:
             known = good if trial.state == "complete" and len(good) == len(values) else None
             self._known[trial.key] = known
             asked = self._open.pop(trial.key, None)
-            self._tell(self._study.ask(self._distributions(trial)) if asked is None else asked, known)
+            if asked is None:  # not of its own asking: made its next proposal
+                self._study.enqueue_trial({f"{i}": c for i, c in enumerate(trial.architecture.choices)})
+                asked, _ = self._propose()
+            self._tell(asked, known)
 
     def _draw(self, missing: int, attempt: int) -> Iterator[Architecture]:
         for _ in range(missing):
-            asked = self._study.ask()
-            wanted = [
-                asked.suggest_categorical(f"{i}", list(range(len(decision.choices))))
-                for i, decision in enumerate(self._space.decisions)
-            ]
+            asked, wanted = self._propose()
             architecture = repair(self._space, wanted, self._rng)
             key = self._space.canonical_key(architecture)
             if key in self._known:
@@ -97,9 +96,10 @@ class Nsga2:
         state = self._optuna.trial.TrialState
         self._study.tell(asked, values, state=state.COMPLETE if values is not None else state.FAIL)
 
-    def _distributions(self, trial: Trial) -> dict[str, Any]:
-        """What makes Optuna's next trial the one that was told."""
-        return {
-            f"{i}": self._optuna.distributions.CategoricalDistribution([choice])
-            for i, choice in enumerate(trial.architecture.choices)
-        }
+    def _propose(self) -> tuple[Any, list[int]]:
+        """Optuna's next trial, and a choice for every decision."""
+        asked = self._study.ask()
+        return asked, [
+            asked.suggest_categorical(f"{i}", list(range(len(decision.choices))))
+            for i, decision in enumerate(self._space.decisions)
+        ]
