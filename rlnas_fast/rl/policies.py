@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 
 Choices = tuple[int, ...]
+Condition = Callable[[Choices], tuple[float, float]]  # prefix -> (target, cost so far), both about 1
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Episodes:
         choices: int64 [B, T]; 0 where a sequence has ended.
         masks: bool [B, T, C], what was valid; choice 0 alone where a sequence has ended.
         lengths: int64 [B].
+        conditions: float [B, T, 2], what the policy was told before each decision; None for nothing.
     """
 
     choices: Tensor
     masks: Tensor
     lengths: Tensor
+    conditions: Tensor | None = None
 
     @property
     def present(self) -> Tensor:
@@ -68,7 +71,8 @@ class RecurrentPolicy(nn.Module):
         temperature: divides the logits; above 1 flattens.
         tanh_constant: bounds the logits to +- this; None leaves them free.
         value_head: adds an estimate of the final reward before each decision.
-        generator: draws the initial weights.
+        generator: draws the initial weights; those of the condition start at 0, so that a policy that is
+            told nothing is the same as one that cannot be.
     """
 
     def __init__(
@@ -104,13 +108,17 @@ class RecurrentPolicy(nn.Module):
             for parameter in self.parameters():
                 parameter.uniform_(-0.1, 0.1, generator=generator)
             self.head_bias.zero_()
+        self.condition_weight = nn.Parameter(torch.zeros(2, hidden))
 
     def forward(self, episodes: Episodes) -> Scored:
         """Scores sequences in one pass, the choices that were made being fed back (teacher forcing)."""
         steps = episodes.choices.shape[1]
         previous = self._tokens(episodes.choices)[:, : steps - 1]
         tokens = torch.cat([torch.zeros_like(episodes.choices[:, :1]), previous], dim=1)
-        hidden, _ = self.recurrent(self.embedding(tokens))
+        inputs = self.embedding(tokens)
+        if episodes.conditions is not None:
+            inputs = inputs + episodes.conditions @ self.condition_weight
+        hidden, _ = self.recurrent(inputs)
         logits = torch.einsum("bth,tch->btc", hidden, self.head_weight[:steps]) + self.head_bias[:steps]
         log_all = self._log_softmax(logits, episodes.masks, 1.0)
         present = episodes.present
@@ -128,6 +136,7 @@ class RecurrentPolicy(nn.Module):
         *,
         flatten: float = 1.0,
         epsilon: float = 0.0,
+        condition: Condition | None = None,
     ) -> tuple[list[Choices], Tensor]:
         """Draws ``count`` complete sequences, all at once.
 
@@ -136,6 +145,7 @@ class RecurrentPolicy(nn.Module):
             is_complete: whether a prefix is a whole sequence.
             flatten: divides the final logits, beside the policy's own temperature; large is uniform.
             epsilon: probability with which a decision is drawn uniformly among its valid choices.
+            condition: what to tell the policy before each decision.
         Returns:
             The sequences, and what was valid at each of their decisions: bool [count, T, C].
         """
@@ -153,7 +163,11 @@ class RecurrentPolicy(nn.Module):
                 if alive[row]:
                     allowed = mask(sequences[row])
                     valid[row, step, : len(allowed)] = allowed
-            hidden, state = self.recurrent(self.embedding(tokens), state)
+            inputs = self.embedding(tokens)
+            if condition is not None:
+                told = torch.tensor([condition(sequence) for sequence in sequences])
+                inputs = inputs + (told @ self.condition_weight)[:, None]
+            hidden, state = self.recurrent(inputs, state)
             logits = torch.addmm(self.head_bias[step], hidden[:, 0], self.head_weight[step].T)
             allowed_now = torch.from_numpy(valid[:, step])
             log_probs = self._log_softmax(logits, allowed_now, flatten)
@@ -175,11 +189,13 @@ class RecurrentPolicy(nn.Module):
         sequences: Sequence[Choices],
         mask: Callable[[Choices], np.ndarray],
         known: dict[Choices, Tensor] | None = None,
+        conditions: Sequence[Condition | None] = (),
     ) -> Episodes:
         """Packs finished sequences for ``forward``.
 
         Args:
             known: masks [T, C] of sequences for which ``sample`` has already worked them out.
+            conditions: of each sequence, or nothing at all.
         """
         steps, widest = self.head_bias.shape
         choices = np.zeros((len(sequences), steps), dtype=np.int64)
@@ -195,7 +211,16 @@ class RecurrentPolicy(nn.Module):
                 masks[row, step, : len(allowed)] = allowed
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         longest = max(1, int(lengths.max()))
-        return Episodes(torch.from_numpy(choices[:, :longest]), torch.from_numpy(masks[:, :longest]), lengths)
+        told = None
+        if any(condition is not None for condition in conditions):
+            told = torch.zeros(len(sequences), longest, 2)
+            for row, (sequence, condition) in enumerate(zip(sequences, conditions, strict=True)):
+                if condition is not None:
+                    steps_told = [condition(sequence[:step]) for step in range(len(sequence))]
+                    told[row, : len(sequence)] = torch.tensor(steps_told).reshape(-1, 2)
+        return Episodes(
+            torch.from_numpy(choices[:, :longest]), torch.from_numpy(masks[:, :longest]), lengths, told
+        )
 
     def _tokens(self, choices: Tensor) -> Tensor:
         widest = self.head_bias.shape[1]

@@ -20,7 +20,7 @@ from .trial import Measurement, Trial
 
 MAXIMISED = ("accuracy", "robust_accuracy")
 LARGEST_MULTIPLIER = 10.0
-DIRECTIONS = 32
+DIRECTIONS = 16
 
 
 def feasible_first(limits: Mapping[str, float]) -> Goal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,11 +12,12 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..rl.baselines import MovingAverage, ema_advantages
 from ..rl.losses import clipped_loss, value_loss
-from ..rl.policies import Choices, RecurrentPolicy
+from ..rl.policies import Choices, Condition, RecurrentPolicy
 from ..rl.returns import final_rewards, generalised_advantages
 from ..rl.schedules import schedule
 from ..rl.threads import one_torch_thread
 from ..search import Architecture, SearchContext, SearchSpace, Trial
+from .conditioning import Conditioning
 from .novelty import Novelty
 
 
@@ -50,6 +52,8 @@ class PPO:
         tanh_constant: bounds the logits to +- this; 0 leaves them free.
         epsilon: probability of a uniform draw at each decision; a number or a schedule.
     """
+
+    conditioned = True  # can be told a target
 
     def __init__(
         self,
@@ -106,12 +110,15 @@ class PPO:
         self._epsilon = schedule("epsilon", epsilon, high=1)
         self._asked = self._told = 0
         self._average = MovingAverage()
-        self._waiting: list[tuple[Choices, float]] = []
+        self._conditioning = Conditioning()
+        self._waiting: list[tuple[Choices, Condition | None, float]] = []
 
     @one_torch_thread()
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
         """``count`` new architectures from the policy; fewer only when the space has no more."""
-        asked = self._novelty.fill(count, self._draw)
+        condition = self._conditioning.of(context)
+        asked = self._novelty.fill(count, functools.partial(self._draw, condition=condition))
+        self._conditioning.remember([architecture.choices for architecture in asked])
         self._asked += len(asked)
         return asked
 
@@ -121,13 +128,19 @@ class PPO:
         self._novelty.tell(trials)
         for trial in trials:
             self._told += 1
-            self._waiting.append((trial.architecture.choices, trial.reward))
+            choices = trial.architecture.choices
+            self._waiting.append((choices, *self._conditioning.recall([choices]), trial.reward))
             if len(self._waiting) == self._group:
                 group, self._waiting = self._waiting, []
-                self._update([choices for choices, _ in group], [reward for _, reward in group])
+                self._update(*zip(*group, strict=True))
 
-    def _update(self, sequences: Sequence[Choices], rewards: Sequence[float]) -> None:
-        episodes = self._policy.episodes(sequences, self._space.mask)
+    def _update(
+        self,
+        sequences: Sequence[Choices],
+        conditions: Sequence[Condition | None],
+        rewards: Sequence[float],
+    ) -> None:
+        episodes = self._policy.episodes(sequences, self._space.mask, conditions=conditions)
         relative, self._average = ema_advantages(
             torch.tensor(rewards, dtype=torch.float64), self._average, decay=self._baseline_decay
         )
@@ -158,7 +171,7 @@ class PPO:
         advantages = generalised_advantages(rewards, values, present, discount=1.0, trace=self._trace)
         return advantages, advantages + values
 
-    def _draw(self, missing: int, attempt: int) -> Iterable[Architecture]:
+    def _draw(self, missing: int, attempt: int, condition: Condition | None) -> Iterable[Architecture]:
         sequences, _ = self._policy.sample(
             missing,
             self._space.mask,
@@ -166,5 +179,6 @@ class PPO:
             self._generator,
             flatten=2.0**attempt,
             epsilon=self._epsilon.at(self._asked),
+            condition=condition,
         )
         return [Architecture(self._space.name, sequence) for sequence in sequences]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,10 +12,11 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..rl.baselines import MovingAverage, ema_advantages
 from ..rl.losses import reinforce_loss
-from ..rl.policies import Choices, RecurrentPolicy
+from ..rl.policies import Choices, Condition, RecurrentPolicy
 from ..rl.schedules import schedule
 from ..rl.threads import one_torch_thread
 from ..search import Architecture, SearchContext, SearchSpace, Trial
+from .conditioning import Conditioning
 from .novelty import Novelty
 
 
@@ -42,6 +44,8 @@ class Reinforce:
         tanh_constant: bounds the logits to +- this; 0 leaves them free.
         epsilon: probability of a uniform draw at each decision; a number or a schedule.
     """
+
+    conditioned = True  # can be told a target
 
     def __init__(
         self,
@@ -79,12 +83,15 @@ class Reinforce:
         self._epsilon = schedule("epsilon", epsilon, high=1)
         self._asked = self._told = 0
         self._average = MovingAverage()
+        self._conditioning = Conditioning()
         self._masks: dict[Choices, Tensor] = {}
 
     @one_torch_thread()
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
         """``count`` new architectures from the policy; fewer only when the space has no more."""
-        asked = self._novelty.fill(count, self._draw)
+        condition = self._conditioning.of(context)
+        asked = self._novelty.fill(count, functools.partial(self._draw, condition=condition))
+        self._conditioning.remember([architecture.choices for architecture in asked])
         self._asked += len(asked)
         self._masks = {a.choices: self._masks[a.choices] for a in asked if a.choices in self._masks}
         return asked
@@ -99,7 +106,8 @@ class Reinforce:
         advantages, self._average = ema_advantages(rewards, self._average, decay=self._baseline_decay)
         advantages = advantages / (self._average.deviation or 1.0)
         sequences = [trial.architecture.choices for trial in trials]
-        episodes = self._policy.episodes(sequences, self._space.mask, self._masks)
+        conditions = self._conditioning.recall(sequences)
+        episodes = self._policy.episodes(sequences, self._space.mask, self._masks, conditions)
         for sequence in sequences:
             self._masks.pop(sequence, None)
         scored = self._policy(episodes)
@@ -114,7 +122,7 @@ class Reinforce:
         self._optimizer.step()
         self._told += len(trials)
 
-    def _draw(self, missing: int, attempt: int) -> Iterable[Architecture]:
+    def _draw(self, missing: int, attempt: int, condition: Condition | None) -> Iterable[Architecture]:
         sequences, masks = self._policy.sample(
             missing,
             self._space.mask,
@@ -122,6 +130,7 @@ class Reinforce:
             self._generator,
             flatten=2.0**attempt,
             epsilon=self._epsilon.at(self._asked),
+            condition=condition,
         )
         self._masks.update(zip(sequences, masks, strict=True))
         return [Architecture(self._space.name, sequence) for sequence in sequences]

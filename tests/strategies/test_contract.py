@@ -19,9 +19,11 @@ from rlnas_fast.search import (
     sample_uniform,
     validate,
 )
+from rlnas_fast.strategies.composite import Composite
 from rlnas_fast.strategies.evolution import Evolution
 from rlnas_fast.strategies.local_search import LocalSearch
 from rlnas_fast.strategies.model_based import ModelBased
+from rlnas_fast.strategies.nsga2 import Nsga2
 from rlnas_fast.strategies.ppo import PPO
 from rlnas_fast.strategies.random import RandomSearch
 from rlnas_fast.strategies.reinforce import Reinforce
@@ -35,6 +37,8 @@ STRATEGIES: dict[str, Make] = {
     "local-search, 4 starts": functools.partial(LocalSearch, starts=4),
     "model-based": ModelBased,
     "model-based, early": functools.partial(ModelBased, initial=2, patience=1, memory=6),
+    "composite": functools.partial(Composite, initial=4, memory=12),
+    "nsga2": functools.partial(Nsga2, population=4),
     "ppo": functools.partial(PPO, group=4, epsilon="0:0.3:8"),
     "ppo, value head": functools.partial(PPO, group=3, value_head=True),
     "reinforce": Reinforce,

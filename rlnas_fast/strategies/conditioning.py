@@ -1,0 +1,51 @@
+"""What a controller is told while it decides: the target it is to keep, and the cost so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..rl.policies import Choices, Condition
+from ..search import SearchContext
+
+LARGEST_SHARE = 4.0
+
+
+class Conditioning:
+    """Turns the context of a search into the two numbers a policy is conditioned on.
+
+    They are ln(target / first target of the search), so that targets are told apart whatever their unit,
+    and the estimated cost of the prefix as a share of the target, at most 4 (0 without a cost model).
+    The first cost with a target counts.  Each architecture keeps what was said when it was asked; one
+    that was never asked is taken to have been meant for the latest target.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, float] = {}
+        self._latest: Condition | None = None
+        self._asked: dict[Choices, Condition | None] = {}
+
+    def of(self, context: SearchContext) -> Condition | None:
+        """Prefix -> (target, cost so far); None where there is no target."""
+        if not context.targets:
+            self._latest = None
+            return None
+        name, target = next(iter(context.targets.items()))
+        said = math.log(target / self._first.setdefault(name, target))
+        model = context.cost_model
+
+        def condition(prefix: Choices) -> tuple[float, float]:
+            cost = 0.0 if model is None else model.estimate(prefix).get(name, 0.0)
+            return said, min(cost / target, LARGEST_SHARE)
+
+        self._latest = condition
+        return condition
+
+    def remember(self, sequences: Sequence[Choices]) -> None:
+        """These were asked under the latest condition."""
+        if self._latest is not None:
+            self._asked.update(dict.fromkeys(sequences, self._latest))
+
+    def recall(self, sequences: Sequence[Choices]) -> list[Condition | None]:
+        """The condition of each, which is then forgotten."""
+        return [self._asked.pop(sequence, self._latest) for sequence in sequences]

@@ -1,0 +1,97 @@
+"""Composite search: what it models, and that goals may change under it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlnas_fast.errors import ConfigError
+from rlnas_fast.search import Architecture, Cost, Measurement, SearchContext, Trial, feasible_first
+from rlnas_fast.search.goals import hypervolume_gain
+from rlnas_fast.strategies.composite import Composite
+from rlnas_fast.strategies.random import RandomSearch
+
+from .conftest import Grid
+
+SPACE = Grid((4, 4, 4, 4, 4))
+
+
+def measure(architecture: Architecture) -> Measurement:
+    """Larger choices are more accurate and slower; the first decision is worth more than it costs."""
+    c = np.array(architecture.choices)
+    return Measurement(
+        accuracy=float(0.4 + 0.1 * c[0] + 0.02 * c[1:].sum()),
+        cost=Cost(latency_s=float(np.exp(0.2 * c.sum()))),
+    )
+
+
+def found(strategy, targets: list[float], trials: int = 60, batch: int = 4) -> list[Trial]:  # type: ignore[no-untyped-def]
+    told: list[Trial] = []
+    while len(told) < trials:
+        target = targets[(len(told) // batch) % len(targets)]
+        goal = feasible_first({"latency_s": target})
+        asked = strategy.ask(batch, SearchContext(targets={"latency_s": target}, goal=goal))
+        new = [
+            Trial(len(told) + i, len(told) // batch, a, SPACE.canonical_key(a), measure(a), 0.0)
+            for i, a in enumerate(asked)
+        ]
+        strategy.tell(new)
+        told += new
+    return told
+
+
+def best_within(trials: list[Trial], target: float) -> float:
+    return max(
+        [t.measurement.accuracy or 0 for t in trials if (t.measurement.cost.latency_s or 99) <= target],
+        default=0.0,
+    )
+
+
+def test_one_search_serves_several_targets() -> None:
+    targets = [float(np.exp(0.2 * total)) + 1e-9 for total in (3, 6, 10)]
+    ideal = [0.7, 0.7 + 0.06, 0.7 + 0.14]
+    for seed in range(3):
+        trials = found(Composite(SPACE, seed=seed), targets)
+        for target, accuracy in zip(targets, ideal, strict=True):
+            assert best_within(trials, target) == pytest.approx(accuracy)
+
+
+def test_it_beats_random_search_within_a_target() -> None:
+    target = float(np.exp(0.2 * 5)) + 1e-9
+    ours = [best_within(found(Composite(SPACE, seed=s), [target], 24), target) for s in range(6)]
+    theirs = [best_within(found(RandomSearch(SPACE, seed=s), [target], 24), target) for s in range(6)]
+    assert np.mean(ours) > np.mean(theirs)
+    assert min(ours) == pytest.approx(0.74)
+
+
+def test_a_front_as_a_goal() -> None:
+    reward, strategy, told = hypervolume_gain(), Composite(SPACE, seed=0), []
+    for number in range(20):
+        context = reward.conditioned(SearchContext(), told)  # type: ignore[attr-defined]
+        new = [
+            Trial(len(told) + i, number, a, SPACE.canonical_key(a), measure(a), 0.0)
+            for i, a in enumerate(strategy.ask(4, context))
+        ]
+        strategy.tell(new)
+        told += new
+    pairs = {
+        (round(t.measurement.accuracy or 0, 6), round(t.measurement.cost.latency_s or 0, 6)) for t in told
+    }
+    corners = [(0, 0, 0, 0, 0), (3, 0, 0, 0, 0), (3, 3, 3, 3, 3)]
+    for corner in corners:
+        m = measure(Architecture("grid", corner))
+        assert (round(m.accuracy or 0, 6), round(m.cost.latency_s or 0, 6)) in pairs
+
+
+def test_trials_without_a_number_of_the_goal_do_not_disturb_it() -> None:
+    strategy = Composite(SPACE, seed=0, initial=2)
+    failed = Trial(0, 0, Architecture("grid", (0,) * 5), "0", Measurement(failure="out of memory"), -1.0)
+    strategy.tell([failed] * 3)
+    goal = feasible_first({"latency_s": 3.0})
+    assert len(strategy.ask(3, SearchContext(goal=goal))) == 3
+    assert len(found(strategy, [3.0], 8)) == 8
+
+
+def test_bad_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match="draws = 0"):
+        Composite(SPACE, seed=0, draws=0)
