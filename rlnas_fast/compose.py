@@ -413,6 +413,10 @@ def _with_goal_defaults(config: SearchConfig, given: Mapping[str, Any]) -> Searc
     if not (config.targets_s or config.objectives):
         return config
     update = {}
+    if "robustness" in config.objectives and config.evaluator.name == "train-child":
+        update["evaluator"] = _with_options(
+            config.evaluator, **{"robustness": "noise", **config.evaluator.options}
+        )
     if config.reward is None:
         update["reward"] = Component(name="adaptive" if config.targets_s else "hypervolume-gain")
     if "strategy" not in config.model_fields_set and "strategy" not in given:

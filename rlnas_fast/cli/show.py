@@ -118,7 +118,7 @@ def _print_volume(console: Console, volumes: dict[str, float] | None) -> None:
             f"Hypervolume by trials (share of the box from the worst to the best seen): {figures}",
             highlight=False,
         )
-        console.print("Chosen is what is nearest to that box's best corner, by retraining.", highlight=False)
+        console.print("Chosen is what is nearest to the best corner of that box.", highlight=False)
 
 
 def _print_picks(console: Console, picks: list[dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from ..training.data import DeviceData, Task, on_device
 from ..training.loop import TrainResult, evaluate, precision, train
 from ..training.memory import peak_bytes, reset_peak
 from ..training.recipe import Recipe
+from ..training.robustness import Corruption, robust_accuracy
 
 
 class TrainableSpace(Protocol):
@@ -48,6 +49,8 @@ class TrainChild:
         meter: measures the cost of the trained network's forward pass; None leaves it unknown.
         threads: CPU threads to train and measure with; None leaves torch's setting.
         latency_batch: images in the call that is measured.
+        robustness: also measures ``robust_accuracy`` on validation images spoilt like this: "noise", "blur"
+            or "fgsm", with a strength as in "fgsm:0.1" (``training.robustness``).
         turn: makes the context in which to train on a device; it gives a function to call after each
             step.  This is how measurements keep trainings of other processes away.
         environment: what else a measurement depends on, such as the hardware; goes into ``identity``.
@@ -63,6 +66,7 @@ class TrainChild:
         threads: int | None = None,
         *,
         latency_batch: int = 1,
+        robustness: str | None = None,
         turn: Turn | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -73,6 +77,7 @@ class TrainChild:
         self._meter = meter
         self._threads = threads
         self._latency_batch = latency_batch
+        self._corruption = None if robustness is None else Corruption.of(robustness)
         self._turn = turn or _no_turn
         self._environment = dict(environment or {})
         self._data: DeviceData | None = None
@@ -102,6 +107,7 @@ class TrainChild:
             "threads": str(self._threads or torch.get_num_threads()),
             "meter": _settings(self._meter),
             "latency_batch": str(self._latency_batch),
+            **({} if self._corruption is None else {"robustness": str(self._corruption)}),
             "torch": torch.__version__,
             "rlnas_fast": __version__,
             **{f"environment.{name}": value for name, value in self._environment.items()},
@@ -115,6 +121,7 @@ class TrainChild:
             "train_seconds",
             "parameters",
             "flops",
+            *(() if self._corruption is None else ("robust_accuracy",)),
             *(() if self._meter is None else getattr(self._meter, "provides", lambda: ("latency_s",))()),
         )
 
@@ -175,6 +182,8 @@ class TrainChild:
         extra = {} if peak is None else {"train_peak_memory_bytes": float(peak)}
         if result.failure is not None:
             return None, _measurement(result, parameters, flops, Cost(), extra)
+        if self._corruption is not None:
+            extra["robust_accuracy"] = robust_accuracy(module, data, self._recipe, self._corruption, seed=0)
         cost = Cost()
         if self._meter is not None:
             cost = self._measure(self._meter, module, data)

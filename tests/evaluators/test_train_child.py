@@ -54,6 +54,20 @@ class CountingMeter:
         return Cost(latency_s=self.latency_s)
 
 
+def test_robustness_is_measured_when_asked_for(task: Task, space: ChainCNN) -> None:
+    plain = TrainChild(space, task, RECIPE, "cpu", None, 1)
+    asked = TrainChild(space, task, RECIPE, "cpu", None, 1, robustness="fgsm:0.2")
+    assert "robust_accuracy" not in plain.provides()
+    assert "robust_accuracy" in asked.provides()
+    assert plain.identity() != asked.identity()
+    before, after = (evaluator.evaluate(small(space)) for evaluator in (plain, asked))
+    assert before.value("robust_accuracy") is None
+    robust = after.value("robust_accuracy")
+    assert after.accuracy == before.accuracy
+    assert robust is not None
+    assert robust <= (after.accuracy or 0.0)
+
+
 def test_measures_what_it_says_it_provides(task: Task, space: ChainCNN) -> None:
     evaluator = TrainChild(space, task, RECIPE, "cpu", CountingMeter(), 1)
     assert isinstance(evaluator, Evaluator)
