@@ -139,14 +139,15 @@ def saved_config(folder: Path, settings: Mapping[str, Any] | None = None) -> Sea
     return read_config(settings or {}, file)
 
 
-def load_child(folder: str | Path, *, space: Any = None) -> Any:
+def load_child(folder: str | Path, *, space: Any = None, name: str = "best") -> Any:
     """The trained network of a finished run, in eval mode, on the CPU.
 
     Args:
+        name: "best", or that of another target's pick, such as "best-1ms".
         space: the object that was given to ``run`` in place of a named space.
     """
     folder = Path(folder)
-    best = read_best(folder)
+    best = read_best(folder, name)
     spec = search.TaskSpec(
         tuple(best["task_spec"]["input_shape"]), best["task_spec"]["outputs"], best["task_spec"]["kind"]
     )
@@ -154,10 +155,10 @@ def load_child(folder: str | Path, *, space: Any = None) -> Any:
         space = make("space", saved_config(folder).space, spec)
     elif not hasattr(space, "build") or isinstance(space, type):
         space = space(spec)
-    weights = folder / "best.safetensors"
+    weights = folder / f"{name}.safetensors"
     if not weights.is_file():
         raise RunError(
-            f"{folder} has no best.safetensors: its evaluator {best['evaluator']!r} does not train networks"
+            f"{folder} has no {weights.name}: its evaluator {best['evaluator']!r} does not train networks"
         )
     from safetensors.torch import load_file
 
@@ -166,10 +167,10 @@ def load_child(folder: str | Path, *, space: Any = None) -> Any:
     return module.eval()
 
 
-def read_best(folder: Path) -> dict[str, Any]:
-    """The winner of a finished run, as in ``best.json``."""
+def read_best(folder: Path, name: str = "best") -> dict[str, Any]:
+    """The winner of a finished run, as in ``best.json``; or another target's pick."""
     try:
-        best: dict[str, Any] = json.loads((folder / "best.json").read_text())
+        best: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     except (OSError, ValueError) as error:
         raise RunError(
             f"{folder} has no winner to load ({error}); finish it with `rlnas resume {folder}`"

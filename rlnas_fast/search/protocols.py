@@ -52,7 +52,10 @@ class SearchContext:
 
 @runtime_checkable
 class Strategy(Protocol):
-    """Proposes architectures and learns from what became of them.  Seeded; knows no network, no device."""
+    """Proposes architectures and learns from what became of them.  Seeded; knows no network, no device.
+
+    One that heeds ``SearchContext.targets`` or ``goal`` says so with ``conditioned = True``.
+    """
 
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
         """At most ``count`` architectures; fewer only when the space has no more to propose."""
@@ -95,6 +98,9 @@ class Meter(Protocol):
 @runtime_checkable
 class Reward(Protocol):
     """Turns measurements into the numbers a strategy is told: a pure function, so that replay repeats it.
+
+    One whose aim changes also has ``conditioned(context, before) -> SearchContext``: the context of the next
+    batch, with its target and goal.
 
     Attributes:
         floor: the reward of a failed child.
