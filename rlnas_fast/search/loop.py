@@ -140,7 +140,7 @@ def _evaluate(
 def _conditioned(context: SearchContext, reward: Reward, before: Sequence[Trial]) -> SearchContext:
     """What the strategy may see: with the target and the goal of a reward that has them."""
     condition = getattr(reward, "conditioned", None)
-    return condition(context, before) if condition is not None else context  # type: ignore[no-any-return]
+    return condition(context, before) if condition is not None else context
 
 
 def _rewards(batch: Sequence[Measurement], before: Sequence[Trial], reward: Reward) -> list[float]:

@@ -29,7 +29,7 @@ def pareto_front(points: np.ndarray) -> np.ndarray:
     return np.sort(np.array(front, dtype=int))
 
 
-def hypervolume(points: np.ndarray, reference: Sequence[float]) -> float:
+def hypervolume(points: np.ndarray, reference: Sequence[float] | np.ndarray) -> float:
     """The volume that ``points`` dominate above ``reference``, all objectives being maximised.
 
     Exact, by slicing along the first objective (Zitzler 1999): O(n log n) in two dimensions, and one

@@ -129,7 +129,8 @@ class PPO:
         for trial in trials:
             self._told += 1
             choices = trial.architecture.choices
-            self._waiting.append((choices, *self._conditioning.recall([choices]), trial.reward))
+            (condition,) = self._conditioning.recall([choices])
+            self._waiting.append((choices, condition, trial.reward))
             if len(self._waiting) == self._group:
                 group, self._waiting = self._waiting, []
                 self._update(*zip(*group, strict=True))

@@ -89,7 +89,7 @@ def test_a_front_as_a_goal() -> None:
     ours = Archive(("accuracy", "latency_s"))
     ours.add(told)
     volume, most = (hypervolume(whole.scaled(front), (0.0, 0.0)) for front in (ours.front, whole.front))
-    assert volume > 0.99 * most
+    assert volume > 0.98 * most
 
 
 def test_trials_without_a_number_of_the_goal_do_not_disturb_it() -> None:
