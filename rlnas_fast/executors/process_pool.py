@@ -92,7 +92,10 @@ class ProcessPool:
                     result for slot, event in self._events() for result in self._react(slot, event, queue)
                 ]
                 self._hand_out(queue)  # before the caller gets its turn, so that no worker waits for it
-                yield from results
+                for result in results:
+                    yield result
+                    if queue.grow():
+                        self._hand_out(queue)
         except BaseException:
             self.close()
             raise
@@ -202,9 +205,19 @@ class _Queue:
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.requests = requests
-        self.waiting = deque(range(len(requests)))
-        self.unfinished = set(self.waiting)
+        self.waiting: deque[int] = deque()
+        self.unfinished: set[int] = set()
         self._tries: Counter[int] = Counter()
+        self._seen = 0
+        self.grow()
+
+    def grow(self) -> bool:
+        """Takes in what was appended to the requests; says whether anything was."""
+        fresh = range(self._seen, len(self.requests))
+        self._seen = len(self.requests)
+        self.waiting.extend(fresh)
+        self.unfinished.update(fresh)
+        return len(fresh) > 0
 
     def finish(self, position: int) -> int:
         self.unfinished.remove(position)

@@ -8,20 +8,20 @@ from torch import Tensor
 def reinforce_loss(
     log_probs: Tensor, advantages: Tensor, entropies: Tensor, *, entropy_weight: float
 ) -> Tensor:
-    """-(advantage x log-probability of the sequence) - entropy_weight x its entropy, mean over B.
+    """-(advantages x log-probabilities) - entropy_weight x entropies, sum over T, mean over B.
 
     Source: Williams, Simple Statistical Gradient-Following Algorithms (1992); the entropy bonus as in
     Mnih et al. (2016), section 4.
 
     Args:
         log_probs: float [B, T].
-        advantages: float [B], constants.
+        advantages: float [B, T], constants.
         entropies: float [B, T] in nats.
     Returns:
         Scalar.
     """
-    gain = advantages.detach() * log_probs.sum(dim=1) + entropy_weight * entropies.sum(dim=1)
-    return -gain.mean()
+    gain = advantages.detach() * log_probs + entropy_weight * entropies
+    return -gain.sum(dim=1).mean()
 
 
 def clipped_loss(

@@ -40,3 +40,46 @@ def generalised_advantages(
         advantage = difference + discount * trace * advantage
         columns.append(advantage)
     return torch.stack(columns[::-1], dim=1) * present
+
+
+def v_trace(
+    log_ratios: Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    present: Tensor,
+    *,
+    discount: float,
+    largest_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Targets of the values and advantages of decisions that an older policy made.
+
+    Each temporal difference counts by w = min(largest_weight, exp(log_ratio)), and reaches further back
+    by min(1, exp(log_ratio)) a step.  Where both policies are one and w is not clipped, the targets are
+    the returns.
+
+    Source: Espeholt et al., IMPALA (2018), eq. 1 and section 4.2.
+
+    Args:
+        log_ratios: float [B, T], log-probability of each decision now minus that of then.
+        rewards: float [B, T].
+        values: float [B, T], estimates before each decision; 0 for padding, as after the end.
+        present: float [B, T], 1 where a decision was made.
+        discount: of later rewards, 0 to 1.
+        largest_weight: above 0.
+    Returns:
+        Targets and advantages, two float [B, T]; 0 for padding.
+    """
+    ratios = log_ratios.exp()
+    weights, traces = ratios.clamp(max=largest_weight), ratios.clamp(max=1.0)
+    after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    differences = weights * (rewards + discount * after - values) * present
+    correction = torch.zeros_like(values[:, 0])
+    columns = []
+    for difference, trace in zip(
+        reversed(differences.unbind(dim=1)), reversed(traces.unbind(dim=1)), strict=True
+    ):
+        correction = difference + discount * trace * correction
+        columns.append(correction)
+    targets = (values + torch.stack(columns[::-1], dim=1)) * present
+    later = torch.cat([targets[:, 1:], torch.zeros_like(targets[:, :1])], dim=1)
+    return targets, weights * (rewards + discount * later - values) * present

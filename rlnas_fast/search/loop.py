@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from .protocols import (
     Strategy,
     TrialLog,
 )
-from .space import SearchSpace, validate
+from .space import Architecture, SearchSpace, validate
 from .trial import Budget, Measurement, Trial, child_seed, measurement_key
 
 
@@ -63,6 +64,8 @@ def run_search(
     """Searches until ``trials`` trials are in the log, and goes on where the log ends.
 
     Args:
+        batch_size: how many children are asked at a time; of an asynchronous strategy, how many are in
+            flight: it is told each one as it finishes, and asked for one more.
         replay: True asks the seeded strategy again for every batch of the log and requires the same
             answer, so that a resumed search equals one that was never interrupted.  False only tells it
             the old trials.
@@ -72,9 +75,21 @@ def run_search(
     Raises:
         ReplayMismatch: the strategy proposed something else than the log says.
     """
+    identity = evaluator.identity()
+
+    def prepare(architecture: Architecture, batch: int) -> _Child:
+        validate(space, architecture)
+        key = space.canonical_key(architecture)
+        request = Request(architecture, budget, child_seed(seed, key))
+        return _Child(batch, architecture, key, request, measurement_key(identity, key, budget, request.seed))
+
+    if getattr(strategy, "asynchronous", False):
+        return _run_asynchronously(
+            strategy, evaluator, reward, executor, log, trials, batch_size, cache, context, max_seconds,
+            replay, prepare, on_measured, on_trials,
+        )  # fmt: skip
     done = log.read()
     _replay(done, space, strategy, reward, context, replay)
-    identity = evaluator.identity()
     batch_number = done[-1].batch + 1 if done else 0
     spent = sum(trial.seconds for trial in done)
     started = time.monotonic()
@@ -84,19 +99,14 @@ def run_search(
         asked = strategy.ask(min(batch_size, trials - len(done)), _conditioned(context, reward, done))
         if not asked:
             return SearchResult(tuple(done), "space")
-        keys = []
-        for architecture in asked:
-            validate(space, architecture)
-            keys.append(space.canonical_key(architecture))
-        requests = [Request(a, budget, child_seed(seed, key)) for a, key in zip(asked, keys, strict=True)]
-        stored = [
-            measurement_key(identity, key, budget, r.seed) for key, r in zip(keys, requests, strict=True)
-        ]
-        measured = _evaluate(evaluator, executor, requests, stored, cache, on_measured)
+        children = [prepare(architecture, batch_number) for architecture in asked]
+        measured = _evaluate(evaluator, executor, children, cache, on_measured)
         rewards = _rewards([m for m, _, _ in measured], done, reward)
         batch = [
-            Trial(len(done) + i, batch_number, asked[i], keys[i], measurement, rewards[i], seconds, cached)
-            for i, (measurement, seconds, cached) in enumerate(measured)
+            child.trial(len(done) + i, measurement, value, seconds, cached)
+            for i, (child, value, (measurement, seconds, cached)) in enumerate(
+                zip(children, rewards, measured, strict=True)
+            )
         ]
         log.append(batch)
         strategy.tell(batch)
@@ -106,15 +116,31 @@ def run_search(
     return SearchResult(tuple(done), "trials")
 
 
+@dataclass(frozen=True, eq=False)
+class _Child:
+    """An architecture that was asked; ``stored`` is its measurement's key in the cache."""
+
+    batch: int
+    architecture: Architecture
+    key: str
+    request: Request
+    stored: str
+
+    def trial(
+        self, number: int, measurement: Measurement, reward: float, seconds: float, cached: bool
+    ) -> Trial:
+        return Trial(number, self.batch, self.architecture, self.key, measurement, reward, seconds, cached)
+
+
 def _evaluate(
     evaluator: Evaluator,
     executor: Executor,
-    requests: Sequence[Request],
-    stored: Sequence[str],
+    children: Sequence[_Child],
     cache: MeasurementCache | None,
     on_measured: Callable[[int, Measurement, float], None],
 ) -> list[tuple[Measurement, float, bool]]:
-    """(measurement, seconds, cached) of each request; what was measured before is not measured again."""
+    """(measurement, seconds, cached) of each child; what was measured before is not measured again."""
+    requests, stored = [child.request for child in children], [child.stored for child in children]
     results: dict[int, tuple[Measurement, float, bool]] = {}
     first: dict[str, int] = {}
     for position, key in enumerate(stored):
@@ -150,6 +176,117 @@ def _rewards(batch: Sequence[Measurement], before: Sequence[Trial], reward: Rewa
         if not math.isfinite(value):
             raise ConfigError(f"the reward answered {value} for {measurement}; it must be a finite number")
     return rewards
+
+
+def _run_asynchronously(
+    strategy: Strategy,
+    evaluator: Evaluator,
+    reward: Reward,
+    executor: Executor,
+    log: TrialLog,
+    trials: int,
+    batch_size: int,
+    cache: MeasurementCache | None,
+    context: SearchContext,
+    max_seconds: float | None,
+    replay: bool,
+    prepare: Callable[[Architecture, int], _Child],
+    on_measured: Callable[[int, Measurement, float], None],
+    on_trials: Callable[[Sequence[Trial]], None],
+) -> SearchResult:
+    """Keeps ``batch_size`` children in flight: whenever one is told, one more is asked.
+
+    Batch 0 is the first ``batch_size`` children; every later child is a batch of its own.  Trials are
+    numbered as they finish.  That order decides all that is asked, so replay asks and tells in the order
+    of the log; what was in flight when it ended is evaluated again.
+    """
+    old = log.read()
+    done: list[Trial] = []
+    flight: list[_Child] = []
+    running: list[_Child] = []
+    requests: list[Request] = []
+    ready: deque[tuple[_Child, Measurement]] = deque()
+    batch = 0 if replay else 1 + max((trial.batch for trial in old), default=-1)
+
+    def ask(count: int) -> list[_Child]:
+        nonlocal batch
+        count = min(count, max(trials, len(old)) - len(done) - len(flight))
+        seen = _conditioned(context, reward, done)
+        asked = [prepare(a, batch) for a in strategy.ask(count, seen)] if count > 0 else []
+        flight.extend(asked)
+        batch += 1
+        return asked
+
+    def tell(trial: Trial) -> None:
+        strategy.tell([trial])
+        done.append(trial)
+
+    def start(child: _Child) -> None:
+        known = None if cache is None else cache.get(child.stored)
+        if known is None:
+            running.append(child)
+            requests.append(child.request)
+        else:
+            ready.append((child, known))
+
+    def out_of_time() -> bool:
+        return max_seconds is not None and spent + time.monotonic() - started >= max_seconds
+
+    def finish(child: _Child, measurement: Measurement, seconds: float, cached: bool) -> None:
+        on_measured(0, measurement, seconds)
+        flight.remove(child)
+        (value,) = _rewards([measurement], done, reward)
+        trial = child.trial(len(done), measurement, value, seconds, cached)
+        log.append([trial])
+        tell(trial)
+        on_trials([trial])
+        for another in () if out_of_time() else ask(1):
+            start(another)
+
+    if replay:
+        ask(batch_size)
+    for trial in old:
+        if replay:
+            _take_from(flight, trial)
+            (value,) = _rewards([trial.measurement], done, reward)
+            _same(trial, "reward", trial.reward, value)
+            tell(trial)
+            ask(1)
+        else:
+            prepare(trial.architecture, trial.batch)
+            tell(trial)
+    spent, started = sum(trial.seconds for trial in old), time.monotonic()
+    if len(done) >= trials or out_of_time():
+        return SearchResult(tuple(done), "trials" if len(done) >= trials else "seconds")
+    if not replay:
+        ask(batch_size)
+    for child in flight:
+        start(child)
+    while flight:
+        while ready:
+            finish(*ready.popleft(), 0.0, True)
+        running[:] = flight
+        requests[:] = [child.request for child in flight]
+        for position, measurement, seconds in executor.run(evaluator, requests):
+            child = running[position]
+            if cache is not None and not measurement.transient:
+                cache.put(child.stored, measurement)
+            finish(child, measurement, seconds, False)
+            while ready:
+                finish(*ready.popleft(), 0.0, True)
+    stopped = "trials" if len(done) >= trials else "seconds" if out_of_time() else "space"
+    return SearchResult(tuple(done), stopped)
+
+
+def _take_from(flight: list[_Child], trial: Trial) -> None:
+    """Removes the child that became ``trial``, which must be among those asked."""
+    asked = [child for child in flight if child.batch == trial.batch]
+    for child in asked:
+        if child.architecture == trial.architecture:
+            flight.remove(child)
+            return
+    now = " or ".join(str(child.architecture) for child in asked) or "nothing"
+    _same(trial, "architecture", trial.architecture, now)
 
 
 def _replay(

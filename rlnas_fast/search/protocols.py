@@ -55,6 +55,8 @@ class Strategy(Protocol):
     """Proposes architectures and learns from what became of them.  Seeded; knows no network, no device.
 
     One that heeds ``SearchContext.targets`` or ``goal`` says so with ``conditioned = True``.
+    One with an attribute ``asynchronous`` that is true is told each trial as it finishes, and asked for
+    one more.
     """
 
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
@@ -125,7 +127,11 @@ class Executor(Protocol):
     def run(
         self, evaluator: Evaluator, requests: Sequence[Request]
     ) -> Iterator[tuple[int, Measurement, float]]:
-        """Yields (position in ``requests``, measurement, seconds) for each, as they finish."""
+        """Yields (position in ``requests``, measurement, seconds) for each, as they finish.
+
+        ``requests`` may be a list that has grown by the time the next result is wanted; what was appended
+        is run, too.
+        """
         ...
 
 

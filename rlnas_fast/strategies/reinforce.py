@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..rl.baselines import MovingAverage, ema_advantages
-from ..rl.losses import reinforce_loss
+from ..rl.losses import reinforce_loss, value_loss
 from ..rl.policies import Choices, Condition, RecurrentPolicy
 from ..rl.schedules import schedule
 from ..rl.threads import one_torch_thread
@@ -39,6 +39,9 @@ class Reinforce:
         learning_rate: of Adam.
         entropy_weight: nats of entropy are worth this many deviations of the reward; a number or a schedule
             "start:end:trials".
+        value_head: learns the expected reward before each decision as a second baseline, beside the moving
+            average.
+        value_weight: of the value head's loss.
         baseline_decay: weight of the past in the moving average.
         temperature: divides the logits.
         tanh_constant: bounds the logits to +- this; 0 leaves them free.
@@ -57,6 +60,8 @@ class Reinforce:
         hidden: int = 64,
         learning_rate: float = 0.01,
         entropy_weight: float | str = 0.01,
+        value_head: bool = False,
+        value_weight: float = 0.5,
         baseline_decay: float = 0.9,
         temperature: float = 1.0,
         tanh_constant: float = 2.5,
@@ -64,8 +69,11 @@ class Reinforce:
     ) -> None:
         if not 0 <= baseline_decay < 1:
             raise ConfigError(f"baseline_decay = {baseline_decay}: give a number from 0 to below 1")
-        if learning_rate <= 0:
-            raise ConfigError(f"learning_rate = {learning_rate}: give a number above 0")
+        if learning_rate <= 0 or value_weight < 0:
+            raise ConfigError(
+                f"learning_rate = {learning_rate}, value_weight = {value_weight}: give a rate above 0 and a "
+                "weight of at least 0"
+            )
         self._space = space
         self._generator = torch.Generator().manual_seed(seed)
         self._novelty = Novelty(space, np.random.default_rng(seed), allow_repeats=allow_repeats)
@@ -75,10 +83,12 @@ class Reinforce:
             cell=cell,
             temperature=temperature,
             tanh_constant=tanh_constant or None,
+            value_head=value_head,
             generator=self._generator,
         )
         self._optimizer = torch.optim.Adam(self._policy.parameters(), lr=learning_rate, fused=True)
         self._entropy_weight = schedule("entropy_weight", entropy_weight)
+        self._value_weight = value_weight
         self._baseline_decay = baseline_decay
         self._epsilon = schedule("epsilon", epsilon, high=1)
         self._asked = self._told = 0
@@ -111,12 +121,15 @@ class Reinforce:
         for sequence in sequences:
             self._masks.pop(sequence, None)
         scored = self._policy(episodes)
+        returns = advantages.float()[:, None] * episodes.present
         loss = reinforce_loss(
             scored.log_probs,
-            advantages.float(),
+            returns if scored.values is None else returns - scored.values,
             scored.entropies,
             entropy_weight=self._entropy_weight.at(self._told),
         )
+        if scored.values is not None:
+            loss = loss + self._value_weight * value_loss(scored.values, returns, episodes.present)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()

@@ -12,22 +12,23 @@ from rlnas_fast.rl.losses import clipped_loss, reinforce_loss, value_loss
 def test_reinforce_loss_by_hand() -> None:
     log_probs = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]])
     entropies = torch.tensor([[0.6, 0.4], [0.2, 0.0]])
-    loss = reinforce_loss(log_probs, torch.tensor([2.0, -1.0]), entropies, entropy_weight=0.5)
-    # -(2 x -3 + 0.5 x 1.0) and -(-1 x -0.5 + 0.5 x 0.2), mean
-    torch.testing.assert_close(loss, torch.tensor((5.5 - 0.6) / 2))
+    advantages = torch.tensor([[2.0, 1.0], [-1.0, 3.0]])
+    loss = reinforce_loss(log_probs, advantages, entropies, entropy_weight=0.5)
+    # -(2 x -1 + 1 x -2 + 0.5 x 1.0) and -(-1 x -0.5 + 0.5 x 0.2), mean
+    torch.testing.assert_close(loss, torch.tensor((3.5 - 0.6) / 2))
 
 
 def test_the_gradient_of_a_softmax_is_advantage_times_indicator_minus_probability() -> None:
     logits = torch.tensor([[0.3, -0.2, 0.1]], requires_grad=True)
     log_all = torch.log_softmax(logits, dim=1)
-    advantages = torch.tensor([1.7])
+    advantages = torch.tensor([[1.7]])
     reinforce_loss(log_all[:, 1:2], advantages, torch.zeros(1, 1), entropy_weight=0.0).backward()
     expected = -1.7 * (torch.tensor([[0.0, 1.0, 0.0]]) - log_all.exp().detach())
     torch.testing.assert_close(logits.grad, expected)
 
 
 def test_no_gradient_goes_through_advantages() -> None:
-    advantages = torch.ones(1, requires_grad=True)
+    advantages = torch.ones(1, 2, requires_grad=True)
     log_probs = torch.full((1, 2), -1.0, requires_grad=True)
     reinforce_loss(log_probs, advantages, torch.zeros(1, 2), entropy_weight=0.0).backward()
     assert advantages.grad is None
@@ -56,7 +57,7 @@ def test_unmoved_it_has_the_gradient_of_reinforce() -> None:
     clipped_loss(log_probs, log_probs, advantages, torch.ones(1, 2), clip=0.2).backward()
     clipped = log_probs.grad
     log_probs.grad = None
-    reinforce_loss(log_probs, torch.tensor([3.0]), torch.zeros(1, 2), entropy_weight=0.0).backward()
+    reinforce_loss(log_probs, torch.full((1, 2), 3.0), torch.zeros(1, 2), entropy_weight=0.0).backward()
     torch.testing.assert_close(clipped, log_probs.grad / 2)  # a mean over decisions, not a sum
 
 

@@ -6,20 +6,33 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 
 from rlnas_fast.errors import ConfigError
-from rlnas_fast.search import Measurement, SearchContext, Trial
+from rlnas_fast.rl.trust_region import mean_divergence
+from rlnas_fast.search import Architecture, Measurement, SearchContext, Trial
+from rlnas_fast.strategies.a3c import A3C
 from rlnas_fast.strategies.ppo import PPO
 from rlnas_fast.strategies.reinforce import Reinforce
+from rlnas_fast.strategies.trpo import TRPO
+
+
+def told(space: Any, choices: tuple[int, ...], reward: float) -> Trial:
+    architecture = Architecture(space.name, choices)
+    return Trial(0, 0, architecture, space.canonical_key(architecture), Measurement(accuracy=0.5), reward)
 
 
 @pytest.mark.parametrize(
     "make",
     [
         functools.partial(Reinforce, cell="lstm"),
-        functools.partial(Reinforce, cell="gru"),
+        functools.partial(Reinforce, cell="gru", value_head=True),
         PPO,
         functools.partial(PPO, value_head=True, cell="gru"),
+        TRPO,
+        functools.partial(TRPO, cell="gru"),
+        A3C,
+        functools.partial(A3C, cell="gru", value_head=False),
     ],
 )
 def test_the_policy_moves_to_where_the_reward_is(grid: Any, make: Any) -> None:
@@ -48,6 +61,7 @@ def test_the_policy_moves_to_where_the_reward_is(grid: Any, make: Any) -> None:
         {"temperature": 0.0},
         {"tanh_constant": -1.0},
         {"learning_rate": 0.0},
+        {"value_weight": -1.0},
         {"entropy_weight": -1.0},
         {"baseline_decay": 1.0},
         {"epsilon": 1.5},
@@ -114,3 +128,59 @@ def test_a_schedule_that_has_ended_is_the_constant_it_ends_with(grid: Any, make:
     assert opening[0] == asked(epsilon=1.0)[0]
     assert opening != asked(epsilon=1.0)
     assert asked(entropy_weight="9:0.1:20") != asked(entropy_weight=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (TRPO, {"group": 0}),
+        (TRPO, {"iterations": 0}),
+        (TRPO, {"divergence": 0.0}),
+        (TRPO, {"damping": -1.0}),
+        (TRPO, {"baseline_decay": 1.0}),
+        (TRPO, {"epsilon": 1.5}),
+        (A3C, {"learning_rate": 0.0}),
+        (A3C, {"clip": 0.0}),
+        (A3C, {"value_weight": -1.0}),
+        (A3C, {"baseline_decay": 1.0}),
+        (A3C, {"epsilon": -0.5}),
+    ],
+)
+def test_and_for_trpo_and_a3c(grid: Any, make: Any, settings: dict[str, Any]) -> None:
+    ((name, value),) = settings.items()
+    with pytest.raises(ConfigError, match=f"{name} = {value}"):
+        make(grid(), seed=0, **settings)
+
+
+def test_trpo_stays_within_its_trust_region(grid: Any) -> None:
+    space = grid((4,) * 6)
+    strategy = TRPO(space, seed=0, divergence=0.02)
+    policy = strategy._policy
+    asked = strategy.ask(10, SearchContext())
+    episodes = policy.episodes([a.choices for a in asked], space.mask)
+    before = policy(episodes).log_all.detach()
+    strategy.tell(
+        [
+            Trial(i, 0, a, space.canonical_key(a), Measurement(accuracy=0.5), float(sum(a.choices)))
+            for i, a in enumerate(asked)
+        ]
+    )
+    moved = mean_divergence(before, policy(episodes).log_all.detach(), episodes.present)
+    assert 0.0 < float(moved) <= 0.02
+
+
+def test_a_stale_trial_counts_less_where_the_policy_has_left_it(grid: Any) -> None:
+    space = grid((3,))
+    stale, fresh = A3C(space, seed=0, allow_repeats=True), A3C(space, seed=0, allow_repeats=True)
+    choices = stale.ask(1, SearchContext())[0].choices
+    assert fresh.ask(1, SearchContext())[0].choices == choices
+    stale._then[choices] = torch.zeros(1)  # as if it had been certain then: a ratio of a third
+    trials = [told(space, (0,), 0.0), told(space, choices, 1.0)]
+    before = [parameter.detach().clone() for parameter in fresh._policy.parameters()]
+    gradients = []
+    for strategy in (stale, fresh):
+        strategy.tell(trials[:1])
+        strategy.tell(trials[1:])
+        gradients.append(strategy._policy.head_bias.grad.clone())
+    assert any((a != b).any() for a, b in zip(before, fresh._policy.parameters(), strict=True))
+    assert gradients[0].norm() < 0.5 * gradients[1].norm()
