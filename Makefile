@@ -14,7 +14,7 @@ TEST := $(VENV)/test.stamp
 DEV := $(VENV)/dev.stamp
 endif
 
-.PHONY: setup search test lint types check bench bench-nonlocal bench-sparse crash-test sanitize clean
+.PHONY: setup search test lint types check bench bench-nonlocal bench-sparse bench-metaqnn crash-test sanitize clean
 
 setup: $(BASE)
 
@@ -46,6 +46,9 @@ bench-nonlocal: $(TEST)
 
 bench-sparse: $(TEST)
 	$(PY) benchmarks/bench_masked_matmul.py --check $(ARGS)
+
+bench-metaqnn: $(TEST)
+	$(PY) benchmarks/bench_metaqnn.py --check $(ARGS)
 
 crash-test: $(TEST)
 	$(PY) benchmarks/crash_test.py $(ARGS)

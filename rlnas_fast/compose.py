@@ -59,6 +59,10 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "local-search": "rlnas_fast.strategies.local_search:LocalSearch",
         "composite": "rlnas_fast.strategies.composite:Composite",
         "nsga2": "rlnas_fast.strategies.nsga2:Nsga2",
+        "sb3:maskable-ppo": "rlnas_fast.strategies.sb3:maskable_ppo",
+        "sb3:ppo": "rlnas_fast.strategies.sb3:ppo",
+        "sb3:a2c": "rlnas_fast.strategies.sb3:a2c",
+        "sb3:dqn": "rlnas_fast.strategies.sb3:dqn",
     },
     "reward": {
         "accuracy": "rlnas_fast.search.rewards:accuracy",

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import tomli_w
 
@@ -28,6 +28,8 @@ from .storage.measurement_cache import SqliteCache
 from .storage.sqlite_log import SqliteLog
 
 PACKAGES = ("torch", "numpy")
+
+Done = TypeVar("Done")
 
 
 class Progress(Protocol):
@@ -185,6 +187,23 @@ def versions() -> dict[str, str]:
 
 
 def _go_on(parts: Parts, folder: Path, progress: Progress, *, replay: bool) -> RunResult:
+    return search_in(
+        parts, folder, progress, replay=replay, then=lambda result: _finish(parts, folder, result, progress)
+    )
+
+
+def search_in(
+    parts: Parts,
+    folder: Path,
+    progress: Progress,
+    *,
+    replay: bool = True,
+    then: Callable[[search.SearchResult], Done],
+) -> Done:
+    """Searches with log and cache in ``folder``, and answers with what ``then`` makes of the result.
+
+    The workers of ``parts`` end afterwards.
+    """
     config = parts.config
     with ExitStack() as stack:
         if hasattr(parts.executor, "close"):
@@ -217,7 +236,7 @@ def _go_on(parts: Parts, folder: Path, progress: Progress, *, replay: bool) -> R
             )
         except ReplayMismatch as error:
             raise ReplayMismatch(f"{error}{_changed(started_with)}") from error
-        return _finish(parts, folder, result, progress)
+        return then(result)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,10 @@ MAY_IMPORT = {
     "evaluators": {"search", "training"},
     "compression": {"nn", "ops", "rl", "training", "hardware", "search"},
     "placement": {"nn", "rl", "training", "hardware", "search"},
-    "compose": EVERYTHING - {"cli", "runs"},
-    "runs": EVERYTHING - {"cli"},
+    "compose": EVERYTHING - {"cli", "runs", "environments", "experiments"},
+    "environments": {"compose", "envs", "search"},
+    "runs": EVERYTHING - {"cli", "experiments"},
+    "experiments": EVERYTHING - {"cli"},
     "__init__": {"runs", "_version"},
     "cli": EVERYTHING,
 }

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..errors import ConfigError, RlnasError
+from .experiment import experiment
 from .screen import Interrupted, Screen
 
 app = typer.Typer(
@@ -201,6 +202,9 @@ def _listing(kind: str) -> None:
 
 for _kind in ("space", "strategy", "task", "reward", "evaluator"):
     _listing(_kind)
+
+
+app.add_typer(experiment, name="experiment")
 
 
 @app.callback(invoke_without_command=True)

@@ -6,7 +6,7 @@ import copy
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -42,7 +42,8 @@ class TrainChild:
     Can be pickled; each process copies the data to its device once.
 
     Args:
-        space: has ``build(architecture, task_spec) -> nn.Module``.
+        space: has ``build(architecture, task_spec) -> nn.Module``, and where architectures decide about
+            their training, ``recipe(architecture)`` with fields that replace those of ``recipe``.
         task: its test split is read by ``test_accuracy`` alone.
         recipe: how to train.
         device: "cpu", "cuda" or "cuda:<index>".
@@ -171,7 +172,7 @@ class TrainChild:
             result = train(
                 module,
                 data,
-                self._recipe,
+                self._recipe_of(request.architecture),
                 request.budget,
                 device=self._device,
                 seed=request.seed,
@@ -189,6 +190,10 @@ class TrainChild:
             cost = self._measure(self._meter, module, data)
             extra["latency_batch_size"] = float(self._latency_batch)
         return module, _measurement(result, parameters, flops, cost, extra)
+
+    def _recipe_of(self, architecture: Architecture) -> Recipe:
+        decides = getattr(self._space, "recipe", None)
+        return replace(self._recipe, **decides(architecture)) if decides else self._recipe
 
     def _resident(self) -> DeviceData:
         if self._data is None:

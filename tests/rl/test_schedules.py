@@ -17,6 +17,11 @@ def test_by_hand() -> None:
     assert [rising.at(trial) for trial in range(6)] == [0.5, 0.625, 0.75, 0.875, 1.0, 1.0]
 
 
+def test_steps_by_hand() -> None:
+    steps = schedule("epsilon", "1x2,0.5x1,0.1x3")
+    assert [steps.at(trial) for trial in range(8)] == [1, 1, 0.5, 0.1, 0.1, 0.1, 0.1, 0.1]
+
+
 @pytest.mark.parametrize("value", [0.25, "0.25", Schedule(0.25, 0.25), "0.25:0.25:7", "0.9:0.25:0"])
 def test_constants(value: float | str | Schedule) -> None:
     assert {schedule("epsilon", value).at(trial) for trial in (0, 3, 10**6)} == {0.25}
@@ -29,14 +34,27 @@ def test_stays_between_its_ends(start: float, end: float, trials: int, trial: in
 
 
 @pytest.mark.parametrize(
-    "value", ["", "much", "0.1:0.2", "0.1:0.2:3:4", "0.1:0.2:x", "0.1:0.2:-3", "0:1:2.5"]
+    "value",
+    [
+        "",
+        "much",
+        "0.1:0.2",
+        "0.1:0.2:3:4",
+        "0.1:0.2:x",
+        "0.1:0.2:-3",
+        "0:1:2.5",
+        "1x0",
+        "1x2,",
+        "1x2x3",
+        "1x0.5",
+    ],
 )
 def test_nonsense_is_one_clear_error(value: str) -> None:
     with pytest.raises(ConfigError, match=r"epsilon = .*start:end:trials"):
         schedule("epsilon", value)
 
 
-@pytest.mark.parametrize("value", [1.5, -0.1, "0.5:2:10", "nan", float("nan"), "inf:0:3"])
+@pytest.mark.parametrize("value", [1.5, -0.1, "0.5:2:10", "1x3,2x3", "nan", float("nan"), "inf:0:3"])
 def test_out_of_range_is_one_clear_error(value: float | str) -> None:
     with pytest.raises(ConfigError, match=r"epsilon = .*from 0 to 1"):
         schedule("epsilon", value, high=1)

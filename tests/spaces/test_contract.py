@@ -23,6 +23,16 @@ from rlnas_fast.spaces.nasbench_macro import NasBenchMacro
 SPACES: dict[str, Callable[[TaskSpec], Any]] = {
     "chain-cnn": ChainCNN,
     "chain-cnn with attention": lambda spec: ChainCNN(spec, attention=True, normalise=False),
+    "chain-cnn with every option": lambda spec: ChainCNN(
+        spec,
+        max_fc=4,
+        attention=True,
+        strides=(1, 2, 3),
+        global_pooling=True,
+        consecutive_pooling=True,
+        skips=True,
+        training=True,
+    ),
     "macro-cnn": lambda spec: MacroCNN(spec, layers=4, width=8),
     "cell-201": lambda spec: Cell201(spec, width=4, cells=1),
     "nasbench-macro": lambda spec: NasBenchMacro(spec, width=4),
