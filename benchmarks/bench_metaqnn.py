@@ -22,7 +22,6 @@ import gymnasium
 import numpy as np
 import torch
 from harness import Row, main
-from rlnas_fast.strategies.q_learning import QLearning
 
 import rlnas_fast.envs  # noqa: F401 - registers
 from rlnas_fast.envs.construction import ChainCNNEnv
@@ -30,6 +29,7 @@ from rlnas_fast.experiments.metaqnn import SliceOver, run_study, study
 from rlnas_fast.search import Architecture, Measurement, SearchContext, TaskSpec, Trial
 from rlnas_fast.spaces.chain_cnn import ChainCNN
 from rlnas_fast.strategies.novelty import enumerate_space
+from rlnas_fast.strategies.q_learning import QLearning
 
 IMAGES = TaskSpec((1, 28, 28), 3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -24,10 +25,10 @@ class QLearning:
 
     Source: Baker et al., Designing Neural Network Architectures using Reinforcement Learning (2017).
     Deviations: epsilon falls in a line and within the trials that a search has today, not in steps over
-    2,700.  Values follow multi-step returns (Peng and Williams, 1996): where the state forgets what
-    was chosen earlier, one-step targets cannot tell what an early choice was worth.  Rewards are those of
-    all trials so far on the scale of ``half_rank``.  What was proposed before is drawn again, with an
-    epsilon that is larger each time.
+    2,700 (which ``epsilon`` takes, too).  Values follow multi-step returns (Peng and Williams, 1996): where
+    the state forgets what was chosen earlier, one-step targets cannot tell what an early choice was worth.
+    Rewards are those of all trials so far on the scale of ``half_rank``, unless ``scale`` says otherwise.
+    What was proposed before is drawn again, with an epsilon that is larger each time.
 
     Args:
         space: where to search.
@@ -37,9 +38,12 @@ class QLearning:
         learning_rate: how far a value moves towards each return.
         replays: trials drawn from memory after each trial.
         trace: lambda of the returns: 0 is one-step Q-learning, 1 follows the final rewards.
-        optimism: initial value of every choice, in root mean square deviations of the good half's rewards
-            above the median.
-        epsilon: probability of a uniform draw at each decision; a number or a schedule "start:end:trials".
+        scale: "rank" for rewards on the scale of ``half_rank``; "none" for rewards as they are, as in the
+            source.
+        optimism: initial value of every choice: a reward, or for "rank" in root mean square deviations of
+            the good half's rewards above the median.
+        epsilon: probability of a uniform draw at each decision; a number or a schedule "start:end:trials",
+            or steps "value x trials" such as "1x60,0.1x40".
     Raises:
         ConfigError: a setting makes no sense, or the table would be too large for the space.
     """
@@ -54,6 +58,7 @@ class QLearning:
         learning_rate: float = 0.1,
         replays: int = 30,
         trace: float = 0.9,
+        scale: Literal["rank", "none"] = "rank",
         optimism: float = 0.0,
         epsilon: float | str = "1:0.1:100",
     ) -> None:
@@ -79,6 +84,7 @@ class QLearning:
         self._learning_rate = learning_rate
         self._replays = replays
         self._trace = trace
+        self._scale = scale
         self._epsilon = schedule("epsilon", epsilon, high=1)
         self._episodes: list[tuple[list[int], tuple[int, ...], list[np.ndarray]]] = []
         self._rewards: list[float] = []
@@ -98,8 +104,14 @@ class QLearning:
             self._rewards.append(trial.reward)
             self._replay()
 
+    def values(self, prefix: tuple[int, ...]) -> np.ndarray:
+        """What each choice after ``prefix`` is worth today: float [largest number of choices]."""
+        return self._table[self._state(prefix)].copy()
+
     def _replay(self) -> None:
-        rewards = half_rank(np.array(self._rewards))
+        rewards = np.array(self._rewards)
+        if self._scale == "rank":
+            rewards = half_rank(rewards)
         latest = len(self._episodes) - 1
         for index in (latest, *self._rng.integers(latest + 1, size=self._replays).tolist()):
             states, choices, masks = self._episodes[index]
