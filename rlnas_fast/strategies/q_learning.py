@@ -106,7 +106,8 @@ class QLearning:
 
     def values(self, prefix: tuple[int, ...]) -> np.ndarray:
         """What each choice after ``prefix`` is worth today: float [largest number of choices]."""
-        return self._table[self._state(prefix)].copy()
+        values: np.ndarray = self._table[self._state(prefix)].copy()
+        return values
 
     def _replay(self) -> None:
         rewards = np.array(self._rewards)
