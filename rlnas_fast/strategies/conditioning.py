@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from ..rl.baselines import MovingAverage, ema_advantages
 from ..rl.policies import Choices, Condition
 from ..search import SearchContext
 
@@ -49,3 +53,28 @@ class Conditioning:
     def recall(self, sequences: Sequence[Choices]) -> list[Condition | None]:
         """The condition of each, which is then forgotten."""
         return [self._asked.pop(sequence, self._latest) for sequence in sequences]
+
+
+class Baselines:
+    """A moving average of the rewards for each target: what is poor for a loose one is good for a tight one.
+
+    Args:
+        decay: weight of the past.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._averages: dict[float, MovingAverage] = {}
+
+    def advantages(self, rewards: Sequence[float], conditions: Sequence[Condition | None]) -> Tensor:
+        """Rewards minus their target's average, in units of its deviation: float32 [B]."""
+        targets = [0.0 if condition is None else condition(())[0] for condition in conditions]
+        advantages = torch.zeros(len(rewards))
+        for target in dict.fromkeys(targets):
+            rows = [row for row, other in enumerate(targets) if other == target]
+            own = torch.tensor([rewards[row] for row in rows], dtype=torch.float64)
+            average = self._averages.get(target, MovingAverage())
+            relative, average = ema_advantages(own, average, decay=self._decay)
+            advantages[rows] = (relative / (average.deviation or 1.0)).float()
+            self._averages[target] = average
+        return advantages

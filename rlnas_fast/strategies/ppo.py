@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..rl.baselines import MovingAverage, ema_advantages
 from ..rl.losses import clipped_loss, value_loss
 from ..rl.policies import Choices, Condition, RecurrentPolicy
 from ..rl.returns import final_rewards, generalised_advantages
 from ..rl.schedules import schedule
 from ..rl.threads import one_torch_thread
 from ..search import Architecture, SearchContext, SearchSpace, Trial
-from .conditioning import Conditioning
+from .conditioning import Baselines, Conditioning
 from .novelty import Novelty
 
 
 class PPO:
     """Learns an autoregressive controller by several clipped steps on each group of trials.
 
-    Rewards are taken relative to a moving average and in units of their moving deviation.
+    Rewards are taken relative to a moving average (one for each target it is told) and in units of its
+    moving deviation.
 
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), with the recurrent controller
     of Zoph and Le (2017).
@@ -106,10 +106,9 @@ class PPO:
         self._entropy_weight = schedule("entropy_weight", entropy_weight)
         self._value_weight = value_weight
         self._trace = trace
-        self._baseline_decay = baseline_decay
         self._epsilon = schedule("epsilon", epsilon, high=1)
         self._asked = self._told = 0
-        self._average = MovingAverage()
+        self._baselines = Baselines(baseline_decay)
         self._conditioning = Conditioning()
         self._waiting: list[tuple[Choices, Condition | None, float]] = []
 
@@ -142,10 +141,7 @@ class PPO:
         rewards: Sequence[float],
     ) -> None:
         episodes = self._policy.episodes(sequences, self._space.mask, conditions=conditions)
-        relative, self._average = ema_advantages(
-            torch.tensor(rewards, dtype=torch.float64), self._average, decay=self._baseline_decay
-        )
-        relative = (relative / (self._average.deviation or 1.0)).float()
+        relative = self._baselines.advantages(rewards, conditions)
         present = episodes.present
         with torch.no_grad():
             old = self._policy(episodes)

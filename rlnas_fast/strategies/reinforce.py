@@ -10,21 +10,20 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..rl.baselines import MovingAverage, ema_advantages
 from ..rl.losses import reinforce_loss, value_loss
 from ..rl.policies import Choices, Condition, RecurrentPolicy
 from ..rl.schedules import schedule
 from ..rl.threads import one_torch_thread
 from ..search import Architecture, SearchContext, SearchSpace, Trial
-from .conditioning import Conditioning
+from .conditioning import Baselines, Conditioning
 from .novelty import Novelty
 
 
 class Reinforce:
     """Learns an autoregressive LSTM controller by REINFORCE, one step of Adam for each batch told.
 
-    Advantages are rewards minus a moving average, divided by their moving deviation, so that neither the
-    scale of the reward nor its unit matters.
+    Advantages are rewards minus a moving average (one for each target it is told), divided by their moving
+    deviation, so that neither the scale of the reward nor its unit matters.
 
     Source: Zoph and Le, Neural Architecture Search with Reinforcement Learning (2017).
     Deviations: what was proposed before is drawn again, from a policy that is flatter each time (which
@@ -89,10 +88,9 @@ class Reinforce:
         self._optimizer = torch.optim.Adam(self._policy.parameters(), lr=learning_rate, fused=True)
         self._entropy_weight = schedule("entropy_weight", entropy_weight)
         self._value_weight = value_weight
-        self._baseline_decay = baseline_decay
         self._epsilon = schedule("epsilon", epsilon, high=1)
         self._asked = self._told = 0
-        self._average = MovingAverage()
+        self._baselines = Baselines(baseline_decay)
         self._conditioning = Conditioning()
         self._masks: dict[Choices, Tensor] = {}
 
@@ -112,16 +110,14 @@ class Reinforce:
         self._novelty.tell(trials)
         if not trials:
             return
-        rewards = torch.tensor([trial.reward for trial in trials], dtype=torch.float64)
-        advantages, self._average = ema_advantages(rewards, self._average, decay=self._baseline_decay)
-        advantages = advantages / (self._average.deviation or 1.0)
         sequences = [trial.architecture.choices for trial in trials]
         conditions = self._conditioning.recall(sequences)
+        advantages = self._baselines.advantages([trial.reward for trial in trials], conditions)
         episodes = self._policy.episodes(sequences, self._space.mask, self._masks, conditions)
         for sequence in sequences:
             self._masks.pop(sequence, None)
         scored = self._policy(episodes)
-        returns = advantages.float()[:, None] * episodes.present
+        returns = advantages[:, None] * episodes.present
         loss = reinforce_loss(
             scored.log_probs,
             returns if scored.values is None else returns - scored.values,

@@ -11,7 +11,7 @@ import torch
 
 from rlnas_fast.rl.policies import RecurrentPolicy
 from rlnas_fast.search import Measurement, SearchContext, Strategy, Trial
-from rlnas_fast.strategies.conditioning import Conditioning
+from rlnas_fast.strategies.conditioning import Baselines, Conditioning
 from rlnas_fast.strategies.ppo import PPO
 from rlnas_fast.strategies.reinforce import Reinforce
 
@@ -48,6 +48,17 @@ def test_each_architecture_keeps_the_condition_it_was_asked_under() -> None:
     conditioning.remember([(2,)])
     assert conditioning.recall([(1,), (2,), (3,)]) == [first, second, second]
     assert conditioning.recall([(1,)]) == [second]  # forgotten
+
+
+def test_each_target_has_its_own_baseline() -> None:
+    conditioning = Conditioning()
+    tight, loose = (conditioning.of(SearchContext(targets={"latency_s": t})) for t in (1.0, 2.0))
+    mixed, alone = Baselines(0.9), Baselines(0.9)
+    conditions = [tight, loose, tight, loose, tight]
+    rewards = [0.1, 0.9, 0.2, 0.7, 0.1]
+    both = mixed.advantages(rewards, conditions)
+    assert torch.equal(both[[0, 2, 4]], alone.advantages([0.1, 0.2, 0.1], [None] * 3))
+    assert both[2] > 0 > both[3]
 
 
 def test_sampling_and_scoring_hear_the_same() -> None:
