@@ -115,9 +115,10 @@ class RecurrentPolicy(nn.Module):
         steps = episodes.choices.shape[1]
         previous = self._tokens(episodes.choices)[:, : steps - 1]
         tokens = torch.cat([torch.zeros_like(episodes.choices[:, :1]), previous], dim=1)
-        inputs = self.embedding(tokens)
-        if episodes.conditions is not None:
-            inputs = inputs + episodes.conditions @ self.condition_weight
+        told = episodes.conditions
+        if told is None:  # the weight stays in the graph: whoever asks for every gradient gets it
+            told = torch.zeros(*tokens.shape, 2)
+        inputs = self.embedding(tokens) + told @ self.condition_weight
         hidden, _ = self.recurrent(inputs)
         logits = torch.einsum("bth,tch->btc", hidden, self.head_weight[:steps]) + self.head_bias[:steps]
         log_all = self._log_softmax(logits, episodes.masks, 1.0)

@@ -29,8 +29,8 @@ def told(space: Any, choices: tuple[int, ...], reward: float) -> Trial:
         functools.partial(Reinforce, cell="gru", value_head=True),
         PPO,
         functools.partial(PPO, value_head=True, cell="gru"),
-        TRPO,
-        functools.partial(TRPO, cell="gru"),
+        functools.partial(TRPO, group=10),
+        functools.partial(TRPO, group=10, cell="gru"),
         A3C,
         functools.partial(A3C, cell="gru", value_head=False),
     ],
@@ -154,7 +154,7 @@ def test_and_for_trpo_and_a3c(grid: Any, make: Any, settings: dict[str, Any]) ->
 
 def test_trpo_stays_within_its_trust_region(grid: Any) -> None:
     space = grid((4,) * 6)
-    strategy = TRPO(space, seed=0, divergence=0.02)
+    strategy = TRPO(space, seed=0, divergence=0.02, group=10)  # one update
     policy = strategy._policy
     asked = strategy.ask(10, SearchContext())
     episodes = policy.episodes([a.choices for a in asked], space.mask)
