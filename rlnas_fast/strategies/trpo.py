@@ -126,8 +126,7 @@ class TRPO:
             return each.sum() / present.sum()
 
         def product(vector: Tensor) -> Tensor:
-            curved = _flat(torch.autograd.grad(slope @ vector, parameters, retain_graph=True))
-            return curved + self._damping * vector
+            return _gradient(slope @ vector, parameters) + self._damping * vector
 
         @torch.no_grad()
         def evaluate(step: Tensor) -> tuple[float, float]:
@@ -138,9 +137,9 @@ class TRPO:
 
         old = self._policy(episodes)
         before = gain_of(old)
-        gradient = _flat(torch.autograd.grad(before, parameters, retain_graph=True))
+        gradient = _gradient(before, parameters)
         divergence = mean_divergence(old.log_all.detach(), old.log_all, present)
-        slope = _flat(torch.autograd.grad(divergence, parameters, create_graph=True))
+        slope = _gradient(divergence, parameters, create_graph=True)
         step = natural_step(gradient, product, divergence=self._divergence, iterations=self._iterations)
         step = line_search(evaluate, step, divergence=self._divergence)
         vector_to_parameters(here + step, parameters)
@@ -157,5 +156,9 @@ class TRPO:
         return [Architecture(self._space.name, sequence) for sequence in sequences]
 
 
-def _flat(gradients: Sequence[Tensor]) -> Tensor:
+def _gradient(value: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False) -> Tensor:
+    """Of a scalar, as one vector; 0 for parameters that it does not depend on."""
+    gradients = torch.autograd.grad(
+        value, parameters, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
