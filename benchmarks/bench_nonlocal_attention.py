@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from harness import Row, geometric_mean, interleaved, main, ratio
 
 from rlnas_fast.ops import nonlocal_block
+from rlnas_fast.ops.nonlocal_attention import KINDS
 from rlnas_fast.ops.nonlocal_attention.concatenation import sorted_attention
 
 SHAPES = [(64, 32, 7), (64, 64, 8), (16, 64, 14), (16, 128, 14), (4, 256, 28), (2, 512, 28)]
@@ -137,7 +138,11 @@ def textbook(x: torch.Tensor, theta: torch.Tensor, phi: torch.Tensor, g: torch.T
     def keys_of(features: torch.Tensor) -> torch.Tensor:
         return (F.max_pool2d(features, pool) if pool > 1 else features).flatten(2)
 
-    queries, keys, values = convolved(theta).flatten(2), keys_of(convolved(phi)), keys_of(convolved(g))
+    values = keys_of(convolved(g))
+    if kind == "gaussian":
+        queries, keys = x.flatten(2), keys_of(x)
+    else:
+        queries, keys = convolved(theta).flatten(2), keys_of(convolved(phi))
     if kind == "concatenation":
         first = queries.unsqueeze(3).expand(-1, -1, -1, keys.shape[2])
         second = keys.unsqueeze(2).expand(-1, -1, queries.shape[2], -1)
@@ -147,9 +152,38 @@ def textbook(x: torch.Tensor, theta: torch.Tensor, phi: torch.Tensor, g: torch.T
         )
     else:
         logits = queries.mT @ keys
-        f = torch.softmax(logits, -1) if kind == "embedded_gaussian" else logits / keys.shape[2]
+        f = logits / keys.shape[2] if kind == "dot_product" else torch.softmax(logits, -1)
     y = (f @ values.mT).mT.reshape(x.shape[0], -1, *x.shape[2:])
     return F.conv2d(y, out[:, :, None, None]) + x
+
+
+def gaussian_split(x: torch.Tensor, wide: torch.Tensor, pool: int) -> tuple[torch.Tensor, ...]:
+    """Rows of x are queries and keys; only g projects."""
+    image = x.permute(0, 2, 3, 1)
+    values = F.linear(image, wide.chunk(3)[2])
+    return image.flatten(1, 2), pooled(x, pool), pooled(values.permute(0, 3, 1, 2), pool)
+
+
+def gaussian_softmax_peer(x: torch.Tensor, wide: torch.Tensor, out: torch.Tensor, pool: int) -> torch.Tensor:
+    queries, keys, values = gaussian_split(x, wide, pool)
+    return joined(torch.softmax(queries @ keys.mT, -1) @ values, out, x)
+
+
+def gaussian_sdpa_peer(x: torch.Tensor, wide: torch.Tensor, out: torch.Tensor, pool: int) -> torch.Tensor:
+    """Values padded to the width of x, without which SDPA takes its slow path."""
+    queries, keys, values = gaussian_split(x, wide, pool)
+    values = F.pad(values, (0, queries.shape[2] - values.shape[2]))
+    heads = (each.unsqueeze(1) for each in (queries, keys, values))
+    return joined(F.scaled_dot_product_attention(*heads, scale=1.0).squeeze(1)[..., : out.shape[1]], out, x)
+
+
+def gaussian_reordered_peer(
+    x: torch.Tensor, wide: torch.Tensor, out: torch.Tensor, pool: int
+) -> torch.Tensor:
+    """Means of x itself, projected afterwards: one head width; without pooling alone."""
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)
+    mean = F.scaled_dot_product_attention(rows, rows, rows, scale=1.0).squeeze(1)
+    return joined(F.linear(mean, wide.chunk(3)[2]), out, x)
 
 
 def sorted_peer(x: torch.Tensor, wide: torch.Tensor, out: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
@@ -183,7 +217,11 @@ def peers_of(case: Case, compiled: bool) -> dict[str, Peer]:
         return lambda x, wide, out, pair: function(x, wide, out, pool)
 
     if case.kind == "dot_product":
-        return {"gram": of(gram_peer), "reassociated": of(reassociated_peer), "direct": of(direct_dot_peer)}
+        full = {"gram": of(gram_peer)} if pool == 1 else {}
+        return full | {"reassociated": of(reassociated_peer), "direct": of(direct_dot_peer)}
+    if case.kind == "gaussian":
+        found = {"sdpa": of(gaussian_sdpa_peer), "softmax": of(gaussian_softmax_peer)}
+        return found | ({"reordered sdpa": of(gaussian_reordered_peer)} if pool == 1 else {})
     found = {"sdpa": of(sdpa_peer), "conv+sdpa": of(convolution_sdpa_peer), "softmax": of(softmax_peer)}
     if compiled:
         torch._dynamo.reset()
@@ -203,6 +241,8 @@ def runs_of(case: Case, compiled: bool = False) -> dict[str, Callable[[], object
     def ours(x: torch.Tensor, theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, out: torch.Tensor,
              pair: torch.Tensor) -> torch.Tensor:  # fmt: skip
         given = pair if case.kind == "concatenation" else None
+        if case.kind == "gaussian":
+            return nonlocal_block(x, None, None, g, out, kind=case.kind, pool=case.pool)
         return nonlocal_block(x, theta, phi, g, out, pair=given, kind=case.kind, pool=case.pool)
 
     def book(*tensors: torch.Tensor) -> torch.Tensor:
@@ -260,9 +300,10 @@ def measure(quick: bool) -> list[Row]:
     rows += softmax_rows(timed, quick)
     rows += dot_product_rows(timed, quick)
     rows += concatenation_rows(timed, quick)
+    rows += [] if quick else slowest_rows(timed)
     name, figure, detail = slowest[0]
     rows.append(Row("slowest of all cases", figure, 0.95, detail=f"{name}: {detail}"))
-    rows += [memory_row(kind) for kind in ("embedded_gaussian", "dot_product", "concatenation")]
+    rows += [memory_row(kind) for kind in KINDS]
     return rows
 
 
@@ -331,25 +372,58 @@ def concatenation_rows(timed: Timed, quick: bool) -> list[Row]:
     return rows
 
 
+def slowest_rows(timed: Timed) -> list[Row]:
+    """The rest of the other kinds' grid: the slowest of all shapes against the fastest of all peers."""
+    rows = []
+    for kind, dtype, pool, backward in itertools.product(
+        ("gaussian", "dot_product", "concatenation"), (torch.float32, torch.bfloat16), (1, 2), (False, True)
+    ):
+        if pool > 1 and kind == "concatenation":
+            continue  # the sorted peer is written for full keys
+        if (kind, dtype, pool) == ("dot_product", torch.float32, 1):
+            continue  # measured above
+        figures = [
+            (*ratio(timed(Case(kind, shape, pool, dtype, backward)), "ours"), shape) for shape in SHAPES
+        ]
+        figure, detail, shape = min(figures)
+        name = str(Case(kind, shape, pool, dtype, backward)).replace(str(shape), "slowest shape")
+        rows.append(Row(name, figure, 0.95, detail=f"{shape}: {detail}"))
+    return rows
+
+
+SIDES = (14, 56, 112)
+
+
 def memory_row(kind: str) -> Row:
-    """Extra bytes a position at N = 12544 over those at N = 3136, forward and backward: 1 if linear."""
-    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as fresh:
-        small, large = fresh.starmap(extra_bytes_a_position, [(kind, 56), (kind, 112)], chunksize=1)
-    detail = f"{large:.0f} bytes a position of 64 channels"
-    return Row(f"memory {kind}: growth 3136 to 12544", large / small, 1.5, at_most=True, detail=detail)
+    """Extra bytes a position, forward and backward: from 3136 to 12544 over from 196 to 3136, 1 if linear.
+
+    Differences, so that what does not depend on N cancels; an N x N matrix gives over 4.
+    """
+    with multiprocessing.get_context("spawn").Pool(len(SIDES), maxtasksperchild=1) as fresh:
+        extra = fresh.starmap(extra_bytes, [(kind, side) for side in SIDES], chunksize=1)
+    few, many, most = (side**2 for side in SIDES)
+    early, late = (extra[1] - extra[0]) / (many - few), (extra[2] - extra[1]) / (most - many)
+    detail = f"{late:.0f} bytes a position of 64 channels; at N = 196, 3136, 12544: "
+    detail += ", ".join(f"{bytes_ / 1e6:.2f}" for bytes_ in extra) + " MB"
+    return Row(f"memory {kind}: growth from N = 196 to 12544", late / early, 1.5, at_most=True, detail=detail)
 
 
-def extra_bytes_a_position(kind: str, side: int) -> float:
+def extra_bytes(kind: str, side: int) -> float:
     """In a process of its own: what an earlier run has freed would be used again unseen."""
     torch.set_num_threads(THREADS)
-    weights = made_weights(64, torch.float32)
+    weights = [weight.requires_grad_() for weight in made_weights(64, torch.float32)]
+
+    def step(x: torch.Tensor) -> None:
+        theta, phi = (None, None) if kind == "gaussian" else weights[:2]
+        pair = weights[4] if kind == "concatenation" else None
+        nonlocal_block(x, theta, phi, weights[2], weights[3], pair=pair, kind=kind).sum().backward()
+
+    step(torch.randn(1, 64, 4, 4, requires_grad=True))  # loads libraries and starts threads
     x = torch.randn(1, 64, side, side, requires_grad=True)
-    parameters = [weight.clone().requires_grad_() for weight in weights]
-    given = parameters[4] if kind == "concatenation" else None
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = resident("VmRSS")
-    nonlocal_block(x, *parameters[:4], pair=given, kind=kind).sum().backward()
-    return (resident("VmHWM") - before) / side**2
+    step(x)
+    return resident("VmHWM") - before
 
 
 def resident(field: str) -> int:

@@ -14,12 +14,14 @@ export PYTHON="${PYTHON:-python3}" PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
 export RLNAS_CUDA=1 RLNAS_CUDA_ARCHS="${RLNAS_CUDA_ARCHS:-90a}"
 
 build() { "$PYTHON" setup.py build_ext --inplace; }
+built() { "$PYTHON" -c "import torch, rlnas_fast._cpu, rlnas_fast._cuda" 2>/dev/null || build; }
 
 # Most of the time goes into compiling Triton kernels: with pytest-xdist, where it is there, in parallel.
 run_tests() {
   local workers=()
   "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
-  "$PYTHON" -m pytest -q -m gpu "${workers[@]}" -p no:cacheprovider $(grep -rlE "mark\.gpu" tests)
+  # Before 2.10, torch refuses cuBLAS in its deterministic mode without this setting.
+  CUBLAS_WORKSPACE_CONFIG=:4096:8 "$PYTHON" -m pytest -q -m gpu "${workers[@]}" -p no:cacheprovider $(grep -rlE "mark\.gpu" tests)
 }
 
 # memcheck over the CUDA C++ kernels at odd sizes; Triton's kernels are left to its own bounds masks.
@@ -34,13 +36,14 @@ bench() { # NAME: runs benchmarks/bench_NAME_gpu.py
   "$PYTHON" "$script" "${@:2}" --json "$output/$1.json"
 }
 
-slice() {
+slice() { # on a machine that another slice has not built on, builds first
+  case "$1" in build) ;; *) built || return 1 ;; esac
   case "$1" in
     build) build ;;
     test) run_tests ;;
     sanitize) sanitize ;;
     bench-nonlocal) bench nonlocal_attention --warm --profile ;;
-    bench-masked) bench masked_matmul ;;
+    bench-masked) bench masked_matmul --warm ;;
     tune-nonlocal) "$PYTHON" benchmarks/tune_nonlocal_attention_gpu.py --json "$output/tune_nonlocal.json" ;;
     *) echo "unknown slice '$1'; known: $SLICES" >&2; exit 2 ;;
   esac

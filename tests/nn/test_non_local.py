@@ -102,7 +102,10 @@ def test_plan_says_what_runs_and_why() -> None:
     dot_product = NonLocalBlock(64, kind="dot_product", subsample=2)
     assert dot_product.plan((4, 64, 28, 28)).algorithm == "reassociated"
     assert dot_product.plan((4, 64, 28, 28), torch.float64).algorithm == "reassociated"
-    assert dot_product.plan((4, 64, 3, 3), torch.float64).algorithm == "direct"
+    assert dot_product.plan((4, 64, 4, 4), torch.float64).algorithm == "direct"
+    gram = NonLocalBlock(64, kind="dot_product").plan((4, 64, 28, 28), torch.float64)
+    assert (gram.algorithm, gram.flops) == ("gram", 2 * 4 * (2 * 784 * 64**2 + 3 * 32 * 64**2))
+    assert "elements moved" in gram.reason
     assert NonLocalBlock(64, kind="concatenation").plan((4, 64, 28, 28)).algorithm == "sorted"
     assert NonLocalBlock(64).plan((1, 64, 4, 4), torch.float64).kernels == "torch"
 

@@ -92,6 +92,7 @@ class Compiled:
     registers: int
     stack_bytes: int
     wgmma: int
+    shared_bytes: int
 
 
 def compile_for_hopper(launch: Any, dtypes: Iterable[torch.dtype | None]) -> Compiled:
@@ -129,4 +130,6 @@ def compile_for_hopper(launch: Any, dtypes: Iterable[torch.dtype | None]) -> Com
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {usage.stdout}{usage.stderr}")
-    return Compiled(int(found[1]), int(found[2]), compiled.asm["ptx"].count("wgmma.mma_async"))
+    return Compiled(
+        int(found[1]), int(found[2]), compiled.asm["ptx"].count("wgmma.mma_async"), compiled.metadata.shared
+    )

@@ -22,7 +22,14 @@ import nonlocal_attention_gpu_cases as cases
 
 pytest.importorskip("triton", reason="Triton is optional")
 
-from rlnas_fast.ops.nonlocal_attention import cuda, reference, triton_block, triton_dot, triton_kernels
+from rlnas_fast.ops.nonlocal_attention import (
+    cuda,
+    nonlocal_block,
+    reference,
+    triton_block,
+    triton_dot,
+    triton_kernels,
+)
 
 ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -145,6 +152,66 @@ def test_block_is_as_exact_as_plain_pytorch(
     assert cases.distance(alone, exact[0]) <= 2 * cases.distance(plain[0], exact[0]) + floor
 
 
+LIBRARY = ((2, 256, 24, 24), 128, None, "channels_last")  # wide heads, many keys: SDPA's core
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["embedded_gaussian", "dot_product"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", range(len(BLOCKS) + 1))
+def test_whatever_the_block_chooses_is_as_exact_as_plain_pytorch(
+    dtype: torch.dtype, number: int, kind: str
+) -> None:
+    shape, inner, pool, layout = [*BLOCKS, LIBRARY][number]
+    x = cases.laid_out(shape, layout, dtype, "cuda")
+    weights = cases.projections(shape[1], inner, inner, number % 3 != 2, dtype, "cuda")
+    grad = cases.laid_out(shape, layout, dtype, "cuda")
+
+    def run(block: Callable[..., torch.Tensor], precision: torch.dtype) -> cases.Tensors:
+        inputs = cases.leaves((x, *(w for w in weights if w is not None)), precision)
+        kept = iter(inputs[1:])
+        theta, phi, g, out, *biases = (None if w is None else next(kept) for w in weights)
+        z = block(inputs[0], theta, phi, g, out, biases=tuple(biases), kind=kind, pool=pool)
+        return cases.gradients(z, inputs, grad.to(precision))
+
+    found = run(nonlocal_block, dtype)
+    plain, exact = run(reference.nonlocal_block, dtype), run(reference.nonlocal_block, torch.float64)
+    if (
+        kind == "embedded_gaussian" and weights.phi_bias is not None
+    ):  # its gradient is 0, and what is left noise
+        found, plain, exact = (each[:7] + each[8:] for each in (found, plain, exact))
+    within_twice_plain(found, plain, exact, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["embedded_gaussian", "dot_product"])
+@pytest.mark.parametrize("shape", [(4, 64, 14, 14), LIBRARY[0]], ids=str)
+def test_captured_block_replays_on_new_inputs(shape: tuple[int, ...], kind: str) -> None:
+    x = cases.laid_out(shape, "channels_last", torch.bfloat16, "cuda").requires_grad_()
+    weights = cases.projections(shape[1], shape[1] // 2, shape[1] // 2, True, torch.bfloat16, "cuda")
+    leaves = [x, *(weight.requires_grad_() for weight in weights)]
+    grad = torch.randn_like(x)
+
+    def step() -> cases.Tensors:
+        z = nonlocal_block(x, *weights[:4], biases=tuple(weights[4:]), kind=kind)
+        return (z.detach(), *torch.autograd.grad(z, leaves, grad))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        replayed = step()
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    for mine, wanted in zip(replayed, step(), strict=True):
+        assert cases.distance(mine, wanted.double()) < 1e-2  # SDPA's backward adds up in any order
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -219,7 +286,9 @@ def test_runs_are_bitwise_equal(kernels: ModuleType) -> None:
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_captured_graph_replays_on_new_inputs(kernels: ModuleType) -> None:
     theta, phi, g = (torch.randn(2, 32, 100, device="cuda").half() for _ in range(3))
-    kernels.attention_forward(theta, phi, g)
+    y, lse = kernels.attention_forward(theta, phi, g)
+    kernels.attention_backward(y, theta, phi, g, y, lse)  # compiles, which a capture does not allow
+    torch.cuda.synchronize()
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.graph(graph, stream=side):
         y, lse = kernels.attention_forward(theta, phi, g)

@@ -1,14 +1,15 @@
 """``nonlocal_block``: projections, attention, W_z and residual in as few passes as pay.
 
-The block is one operator.  On a CPU it runs in C++; on a GPU, for softmax and the dot product's forward, in
-Triton where ``triton_block`` says that it fits; elsewhere it is composed from ``nonlocal_attention``.
+On a CPU the block is one operator in C++; on a GPU, for softmax and the dot product's forward, one in Triton
+where ``triton_block`` says that it fits, or products of a library where those are faster; elsewhere it is
+composed from ``nonlocal_attention``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,14 @@ from torch.autograd.function import once_differentiable
 from rlnas_fast.errors import ShapeError, unknown_name
 from rlnas_fast.ops.nonlocal_attention import cpu, reference
 from rlnas_fast.ops.nonlocal_attention.dispatch import DTYPES, check_backend, kernels_name
+from rlnas_fast.ops.nonlocal_attention.dot_product import dot_product_algorithm, gram_block
+from rlnas_fast.ops.nonlocal_attention.library_block import library_block, use_library
 from rlnas_fast.ops.nonlocal_attention.op import KINDS, nonlocal_attention
+from rlnas_fast.ops.triton_launch import dot_precision
 
 __all__ = ["nonlocal_block"]
 
+LARGEST_FUSED_DOT = 128  # channels; beyond them the Gram form's products fill a GPU
 LARGEST_WINDOW = 255  # the place within a pooling window is kept in 8 bits
 Biases = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 NO_BIASES: Biases = (None, None, None, None)
@@ -68,30 +73,36 @@ def nonlocal_block(
 
     Source: Wang et al., Non-local Neural Networks (2018), eq. 1-6 and section 3.3.
     """
-    x, theta, phi, g, out, pair, *casted = _autocast(x, theta, phi, g, out, pair, *biases)
-    biases = (casted[0], casted[1], casted[2], casted[3])
-    _check(x, theta, phi, g, out, biases, pair, kind)
-    windows = _windows(x, pool)
-    check_backend(backend, x.device)
-    if backend == "reference":
+    if torch.is_autocast_enabled(x.device.type):
+        x, theta, phi, g, out, pair, *casted = _autocast(x, theta, phi, g, out, pair, *biases)
+        biases = (casted[0], casted[1], casted[2], casted[3])
+    tensors = (x, theta, phi, g, out, *biases)
+    wanted = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (*tensors, pair)
+    )
+    windows, route = _routed(tensors, pair, kind, pool, backend, wanted)
+    if route == "reference":
         return reference.nonlocal_block(
             x, theta, phi, g, out, biases=biases, pair=pair, kind=kind, pool=tuple(windows), residual=residual
         )
-    if pair is not None and theta is not None and phi is not None and _trivial(windows):
+    if theta is None or phi is None:
+        return _composed(x, theta, phi, g, out, biases, pair, kind, windows, residual, backend)
+    if pair is not None and _trivial(windows):
         # Two linear maps in a row are one; a pooling would stand between phi and its part of the pair.
         first, second = pair.unflatten(0, (2, 1, -1))
         theta, theta_bias = _joined(first, theta, biases[0])
         phi, phi_bias = _joined(second, phi, biases[1])
         biases, pair = (theta_bias, phi_bias, *biases[2:]), None
-    if theta is not None and phi is not None and pair is None:
-        weights = (theta, phi, g, out)
-        tensors = (x, *weights, *biases)
-        wanted = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
-        if fused_kernels(kind, x, weights, biases, windows, backend, wanted):
-            if wanted:
-                z: torch.Tensor = _Block.apply(windows, residual, kind, *tensors)
-                return z
-            return _forward_op(*tensors, windows, residual, False, kind)[0]
+    if route == "fused":
+        operands = (x, theta, phi, g, out, *biases)
+        if wanted:
+            z: torch.Tensor = _Block.apply(windows, residual, kind, *operands)
+            return z
+        return _forward_op(*operands, windows, residual, False, kind)[0]
+    if route == "library":
+        return library_block(x, theta, phi, g, out, biases, residual)
+    if route == "gram":
+        return gram_block(x, theta, phi, g, out, biases, residual)
     return _composed(x, theta, phi, g, out, biases, pair, kind, windows, residual, backend)
 
 
@@ -167,7 +178,76 @@ def project(
     return projected if bias is None else projected + bias[:, None]
 
 
-def fused_kernels(
+class _Route(NamedTuple):
+    windows: list[int]  # of the pooling
+    name: str  # reference | fused | library | gram | composed
+
+
+_routes: dict[tuple[Any, ...], _Route] = {}
+LARGEST_CACHE = 4096
+
+
+def _routed(
+    tensors: tuple[Any, ...],
+    pair: torch.Tensor | None,
+    kind: str,
+    pool: int | Sequence[int] | None,
+    backend: str,
+    wanted: bool,
+) -> _Route:
+    """Checks the arguments and chooses the algorithm, once for what depends on neither values nor addresses.
+
+    ``wanted`` says whether gradients are.
+    """
+    if torch.compiler.is_compiling():  # once a graph, whose shapes may be symbols
+        return _route(tensors, pair, kind, pool, backend, wanted)
+    key = (
+        kind, backend, wanted, tuple(pool) if isinstance(pool, list) else pool,
+        torch.are_deterministic_algorithms_enabled(), dot_precision(tensors[0].dtype),
+        *[
+            None if each is None else (each.shape, each.dtype, each.device, each.is_contiguous())
+            for each in (*tensors, pair)
+        ],
+    )  # fmt: skip
+    route = _routes.get(key)
+    if route is None:
+        route = _route(tensors, pair, kind, pool, backend, wanted)
+        if len(_routes) >= LARGEST_CACHE:
+            _routes.clear()
+        _routes[key] = route
+    return route
+
+
+def _route(
+    tensors: tuple[Any, ...],
+    pair: torch.Tensor | None,
+    kind: str,
+    pool: int | Sequence[int] | None,
+    backend: str,
+    wanted: bool,
+) -> _Route:
+    x, theta, phi, g, out, *rest = tensors
+    biases = (rest[0], rest[1], rest[2], rest[3])
+    _check(x, theta, phi, g, out, biases, pair, kind)
+    windows = _windows(x, pool)
+    check_backend(backend, x.device)
+    if backend == "reference":
+        return _Route(windows, "reference")
+    pooled = not _trivial(windows)
+    if kind == "gaussian" or (pair is not None and pooled):
+        return _Route(windows, "composed")
+    if kind == "embedded_gaussian" and use_library(x, theta.shape[0], g.shape[0], biases, backend, pooled):
+        return _Route(windows, "library")
+    gram = (
+        kind == "dot_product"
+        and dot_product_algorithm(x.shape, theta.shape[0], g.shape[0], windows, x.device.type)[0] == "gram"
+    )
+    if _fused(kind, x, (theta, phi, g, out), biases, windows, backend, wanted, gram):
+        return _Route(windows, "fused")
+    return _Route(windows, "gram" if gram else "composed")
+
+
+def _fused(
     kind: str,
     x: torch.Tensor,
     weights: tuple[torch.Tensor, ...],
@@ -175,8 +255,9 @@ def fused_kernels(
     windows: list[int],
     backend: str,
     wanted: bool,
+    gram: bool,
 ) -> bool:
-    """Says whether one operator runs the whole block; ``wanted``: whether gradients are."""
+    """Says whether one operator runs the whole block."""
     name = kernels_name(backend, x.device.type, x.dtype)
     if math.prod(windows) > LARGEST_WINDOW or not all(weight.is_contiguous() for weight in weights):
         return False
@@ -184,7 +265,9 @@ def fused_kernels(
         return kind in cpu.KINDS
     if name != "triton" or kind not in ("embedded_gaussian", "dot_product"):
         return False
-    if kind == "dot_product" and (wanted or x.dtype == torch.float32):
+    if kind == "dot_product" and (
+        wanted or x.dtype == torch.float32 or (gram and x.shape[1] > LARGEST_FUSED_DOT)
+    ):
         return False
     from rlnas_fast.ops.nonlocal_attention import triton_block
 
@@ -197,12 +280,16 @@ def _trivial(windows: list[int]) -> bool:
 
 def _windows(x: torch.Tensor, pool: int | Sequence[int] | None) -> list[int]:
     space = x.shape[2:]
+    if pool is not None and not isinstance(pool, (int, tuple, list)):
+        raise TypeError(f"pool is {pool!r}; expected a whole number, or one a spatial dimension")
     windows = (
         [1 if pool is None else pool] * len(space) if pool is None or isinstance(pool, int) else list(pool)
     )
     if len(windows) != len(space):
         raise ShapeError(f"pool has {len(windows)} sizes, but x has {len(space)} spatial dimensions")
     for size, window in zip(space, windows, strict=True):
+        if not isinstance(window, int):
+            raise TypeError(f"pool {tuple(windows)} must be whole numbers")
         if window < 1:
             raise ShapeError(f"pool {tuple(windows)} must be at least 1 in every dimension")
         if window > size:
@@ -213,10 +300,7 @@ def _windows(x: torch.Tensor, pool: int | Sequence[int] | None) -> list[int]:
 
 
 def _autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return x, *others
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
 
 

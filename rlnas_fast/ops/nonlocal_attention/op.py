@@ -17,7 +17,7 @@ from rlnas_fast.ops.nonlocal_attention import reference
 from rlnas_fast.ops.nonlocal_attention.concatenation import concatenation_attention
 from rlnas_fast.ops.nonlocal_attention.cpu import like_queries
 from rlnas_fast.ops.nonlocal_attention.dispatch import DTYPES, check_backend, kernels
-from rlnas_fast.ops.nonlocal_attention.plan import dot_product_algorithm
+from rlnas_fast.ops.nonlocal_attention.dot_product import dot_product_attention
 
 __all__ = ["KINDS", "nonlocal_attention"]
 
@@ -66,7 +66,7 @@ def nonlocal_attention(
     if backend == "reference":
         return reference.nonlocal_attention(theta, phi, g, kind)
     if kind == "dot_product":
-        return _dot_product(theta, phi, g)
+        return dot_product_attention(theta, phi, g)
     if kind == "concatenation":
         return concatenation_attention(theta, phi, g, backend)
     if torch.is_grad_enabled() and (theta.requires_grad or phi.requires_grad or g.requires_grad):
@@ -89,17 +89,6 @@ class _Softmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (*_backward_op(grad_y, *ctx.saved_tensors, ctx.backend), None)
-
-
-def _dot_product(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """Reassociates (g phi^T) theta where that costs less than g (phi^T theta)."""
-    depth, queries = theta.shape[1:]
-    width, keys = g.shape[1:]
-    if dot_product_algorithm(depth, width, queries, keys) == "direct":
-        left, right = g, torch.bmm(phi.mT, theta) / keys
-    else:
-        left, right = torch.bmm(g, phi.mT) / keys, theta
-    return torch.bmm(right.mT, left.mT).mT if theta.stride(1) == 1 else torch.bmm(left, right)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from rlnas_fast.ops.nonlocal_attention.dispatch import kernels
+from rlnas_fast.ops.nonlocal_attention.dot_product import dot_product_algorithm
 
-__all__ = ["Plan", "dot_product_algorithm", "plan_block"]
+__all__ = ["Plan", "plan_block"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Plan:
     """What one forward of a block does.
 
     Attributes:
-        algorithm: fused-softmax | composed-softmax | reassociated | direct | sorted.
+        algorithm: fused-softmax | composed-softmax | gram | reassociated | direct | sorted.
         kernels: ``cpu``, ``triton``, ``cuda``, or ``torch`` for plain PyTorch.
         reason: why these.
         flops: of the forward, 2 a multiply-add; a lower bound where sorting is involved.
@@ -30,12 +31,6 @@ class Plan:
     reason: str
     flops: int
     bytes: int
-
-
-def dot_product_algorithm(inner: int, width: int, queries: int, keys: int) -> str:
-    """Returns the cheaper exact order: ``direct`` g (phi^T theta), or ``reassociated`` (g phi^T) theta."""
-    direct = queries * keys * (inner + width)
-    return "direct" if direct < inner * width * (queries + keys) else "reassociated"
 
 
 def plan_block(
@@ -62,10 +57,13 @@ def plan_block(
         products += keys * inner * inner + channels * inner * inner
         reason = "one fused kernel; (W_z g phi^T) theta is linear in N and was faster than every other order"
     elif kind == "dot_product":
-        algorithm = dot_product_algorithm(inner, inner, queries, keys)
-        direct = algorithm == "direct"
-        products += queries * keys * 2 * inner if direct else (queries + keys) * inner * inner
-        reason = f"fewest multiply-adds for N = {queries}, M = {keys}, C' = {inner}"
+        algorithm, costs = dot_product_algorithm(input_shape, inner, inner, pool, device.type)
+        products = costs[algorithm].products
+        figures = ", ".join(
+            f"{name} {cost.products / 1e6:.3g} M and {cost.elements / 1e6:.3g} M"
+            for name, cost in costs.items()
+        )
+        reason = f"cheapest in multiply-adds and elements moved a sample: {figures}"
     elif kind == "concatenation":
         algorithm = "sorted"
         products = 2 * queries * channels * (inner + 1) + 4 * queries * inner

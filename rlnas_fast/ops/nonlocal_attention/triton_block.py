@@ -16,7 +16,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 
 from rlnas_fast.ops.nonlocal_attention import library_core
@@ -89,8 +88,6 @@ def block_forward(
     """
     plan = _forward_plan(*_signature(x, weights, pool), residual, save)
     z = torch.empty_like(x)
-    if plan.library:
-        return z, _library_forward(x, weights, z, plan)
     stream = current_stream(x.get_device())
     if plan.small is not None:
         plan.small(stream, x, *weights, z)
@@ -108,14 +105,6 @@ def block_forward(
         mean, lse = library_core.attention_forward(query, key, value)
         plan.finish(stream, weights.out, weights.out_bias, x, z, mean)
     return z, Saved(query, key, value, mean, lse, key_choice, value_choice) if save else None
-
-
-def _library_forward(x: torch.Tensor, weights: Projections, z: torch.Tensor, plan: _Forward) -> Saved:
-    rows = x.flatten(2).mT
-    query, key, value = (F.linear(rows, weights[index], weights[index + 4]) for index in range(3))
-    mean, lse = library_core.attention_forward(query, key, value)
-    plan.finish(current_stream(x.get_device()), weights.out, weights.out_bias, x, z, mean)
-    return Saved(query, key, value, mean, lse, None, None)
 
 
 def block_backward(
@@ -160,7 +149,6 @@ class _Forward(NamedTuple):
     finish: Launch
     shapes: tuple[tuple[int, int, int], ...]  # of query, key, value, mean
     pooled: bool
-    library: bool
     fused: bool
     small: Launch | None  # the whole block in one launch, where nothing is saved
 
@@ -242,11 +230,6 @@ SMALL = Tiles(64, 64, 4, 2)
 def use_small(channels: int, depth: int, width: int, keys: int, dtype: torch.dtype) -> bool:
     """Says where projecting the keys again for every tile of queries costs less than a second launch."""
     return dtype is not torch.float32 and channels <= 128 and max(depth, width) <= 64 and keys <= 256
-
-
-def use_library(depth: int, width: int, queries: int, keys: int, dtype: torch.dtype) -> bool:
-    """Says where vendor libraries make the faster forward (measured on an H200): wide heads, many keys."""
-    return use_library_backward(depth, width, queries, keys, dtype) and min(queries, keys) >= 1024
 
 
 def use_library_backward(depth: int, width: int, queries: int, keys: int, dtype: torch.dtype) -> bool:
@@ -359,7 +342,6 @@ def _forward_plan(
         stages=2,
     )  # fmt: skip
     shapes = (batch, positions, depth), (batch, keys, depth), (batch, keys, width), (batch, positions, width)
-    library = use_library(depth, width, positions, keys, dtype) and geometry.flat and strides[1] == 1
     fused = use_fused(width, keys, dtype)
     small = None
     if use_small(channels, depth, width, keys, dtype) and not save:
@@ -379,7 +361,7 @@ def _forward_plan(
             warps=SMALL.warps,
             stages=SMALL.stages,
         )  # fmt: skip
-    return _Forward(project, attention, finish_rows, shapes, pooled, library, fused, small)
+    return _Forward(project, attention, finish_rows, shapes, pooled, fused, small)
 
 
 @functools.lru_cache(maxsize=4096)
