@@ -37,7 +37,7 @@ bench() { # NAME: runs benchmarks/bench_NAME_gpu.py
 }
 
 slice() { # on a machine that another slice has not built on, builds first
-  case "$1" in build) ;; *) built || return 1 ;; esac
+  case "$1" in test | sanitize | bench-* | tune-*) built || return 1 ;; esac
   case "$1" in
     build) build ;;
     test) run_tests ;;
