@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from rlnas_fast.errors import ConfigError, KernelUnavailable, ShapeError
 from rlnas_fast.ops import nonlocal_attention, nonlocal_block
 from rlnas_fast.ops.nonlocal_attention import KINDS, reference
-from rlnas_fast.ops.nonlocal_attention.dot_product import dot_product_algorithm, gram_block
+from rlnas_fast.ops.nonlocal_attention.dot_product import (
+    dot_product_algorithm,
+    gram_block,
+    reassociated_block,
+)
 from rlnas_fast.ops.nonlocal_attention.library_block import library_block
 
 SIZES = [  # batch, depth, width, queries, keys
@@ -212,50 +217,55 @@ def test_block_of_one_image_is_shared_by_all_threads() -> None:
     check_block(*block_operands(case, torch.float32), 1)
 
 
-def plain_dot_product(residual: bool):
-    def plain(x, theta, phi, g, out, *biases):
-        biases = biases or (None,) * 4
-        return reference.nonlocal_block(
-            x, theta, phi, g, out, biases=biases, kind="dot_product", residual=residual
-        )
+def plain_dot_product(x, theta, phi, g, out, *biases, residual=True, pool=1):
+    windows = (pool,) * (x.dim() - 2) if isinstance(pool, int) else pool
+    return reference.nonlocal_block(
+        x, theta, phi, g, out, biases=biases or (None,) * 4, kind="dot_product", residual=residual, pool=windows
+    )  # fmt: skip
 
-    return plain
+
+def gram_form(x, theta, phi, g, out, *biases, residual=True, pool=1):
+    return gram_block(x, theta, phi, g, out, biases or (None,) * 4, residual)
+
+
+def reassociated_form(x, theta, phi, g, out, *biases, residual=True, pool=1):
+    windows = (pool,) * (x.dim() - 2) if isinstance(pool, int) else pool
+    return reassociated_block(x, theta, phi, g, out, biases or (None,) * 4, residual, windows)
 
 
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gram_form_of_the_dot_product(dtype: torch.dtype, layout: str) -> None:
-    for case, bias, residual in itertools.product(
-        (BLOCKS[0], BLOCKS[3], BLOCKS[5]), (True, False), (True, False)
-    ):
+@pytest.mark.parametrize("form", [gram_form, reassociated_form])
+def test_forms_of_the_dot_product_block(form, dtype: torch.dtype, layout: str) -> None:
+    for case, bias, residual in itertools.product(BLOCKS[:6], (True, False), (True, False)):
+        if form is gram_form and case[3] != 1:
+            continue
         x, weights = block_operands(case, dtype, bias)
-        inputs = [laid_out(x, layout), *weights]
-        grad = torch.randn(x.shape)
-
-        def gram(x, theta, phi, g, out, *biases, residual=residual):
-            return gram_block(x, theta, phi, g, out, biases or (None,) * 4, residual)
-
-        exact = with_gradients(plain_dot_product(residual), [t.double() for t in inputs], grad.double())
-        plain = with_gradients(plain_dot_product(residual), inputs, grad)
-        assert_as_exact_as_torch(with_gradients(gram, inputs, grad), plain, exact)
+        inputs, grad = [laid_out(x, layout), *weights], torch.randn(x.shape)
+        options = {"residual": residual, "pool": case[3]}
+        wanted = functools.partial(plain_dot_product, **options)
+        exact = with_gradients(wanted, [t.double() for t in inputs], grad.double())
+        plain = with_gradients(wanted, inputs, grad)
+        assert_as_exact_as_torch(
+            with_gradients(functools.partial(form, **options), inputs, grad), plain, exact
+        )
 
 
 @pytest.mark.parametrize("present", list(itertools.product([False, True], repeat=4)), ids=str)
-def test_gram_form_with_any_of_the_biases(present: tuple[bool, ...]) -> None:
+@pytest.mark.parametrize("form", [gram_block, functools.partial(reassociated_block, windows=(1, 1))])
+def test_forms_with_any_of_the_biases(form, present: tuple[bool, ...]) -> None:
     x, weights = block_operands(((2, 5, 3, 4), 3, 2, 1), torch.float64)
     leaves = [x, *weights[:4], *(b for b, there in zip(weights[4:], present, strict=True) if there)]
 
-    def biases(given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
+    def spread(given: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         rest = iter(given)
-        return tuple(next(rest) if there else None for there in present)
+        return [next(rest) if there else None for there in present]
 
     grad = torch.randn(x.shape, dtype=torch.float64)
-    ours = with_gradients(lambda x, *w: gram_block(x, *w[:4], biases(w[4:]), True), leaves, grad)
-    plain = with_gradients(
-        lambda x, *w: reference.nonlocal_block(x, *w[:4], biases=biases(w[4:]), kind="dot_product"),
-        leaves,
-        grad,
+    ours = with_gradients(
+        lambda x, *w: form(x, *w[:4], biases=tuple(spread(w[4:])), residual=True), leaves, grad
     )
+    plain = with_gradients(lambda x, *w: plain_dot_product(x, *w[:4], *spread(w[4:])), leaves, grad)
     for mine, wanted in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine, wanted)
 

@@ -18,7 +18,12 @@ from torch.autograd.function import once_differentiable
 from rlnas_fast.errors import ShapeError, unknown_name
 from rlnas_fast.ops.nonlocal_attention import cpu, reference
 from rlnas_fast.ops.nonlocal_attention.dispatch import DTYPES, check_backend, kernels_name
-from rlnas_fast.ops.nonlocal_attention.dot_product import dot_product_algorithm, gram_block
+from rlnas_fast.ops.nonlocal_attention.dot_product import (
+    dot_product_algorithm,
+    gram_block,
+    plain_is_faster,
+    reassociated_block,
+)
 from rlnas_fast.ops.nonlocal_attention.library_block import library_block, use_library
 from rlnas_fast.ops.nonlocal_attention.op import KINDS, nonlocal_attention
 from rlnas_fast.ops.triton_launch import dot_precision
@@ -103,6 +108,8 @@ def nonlocal_block(
         return library_block(x, theta, phi, g, out, biases, residual)
     if route == "gram":
         return gram_block(x, theta, phi, g, out, biases, residual)
+    if route == "reassociated":
+        return reassociated_block(x, theta, phi, g, out, biases, residual, windows)
     return _composed(x, theta, phi, g, out, biases, pair, kind, windows, residual, backend)
 
 
@@ -180,7 +187,7 @@ def project(
 
 class _Route(NamedTuple):
     windows: list[int]  # of the pooling
-    name: str  # reference | fused | library | gram | composed
+    name: str  # reference | fused | library | gram | reassociated | composed
 
 
 _routes: dict[tuple[Any, ...], _Route] = {}
@@ -238,13 +245,12 @@ def _route(
         return _Route(windows, "composed")
     if kind == "embedded_gaussian" and use_library(x, theta.shape[0], g.shape[0], biases, backend, pooled):
         return _Route(windows, "library")
-    gram = (
-        kind == "dot_product"
-        and dot_product_algorithm(x.shape, theta.shape[0], g.shape[0], windows, x.device.type)[0] == "gram"
-    )
-    if _fused(kind, x, (theta, phi, g, out), biases, windows, backend, wanted, gram):
+    order = ""
+    if kind == "dot_product":
+        order = dot_product_algorithm(x.shape, theta.shape[0], g.shape[0], windows, x.device.type)[0]
+    if _fused(kind, x, (theta, phi, g, out), biases, windows, backend, wanted, order == "gram"):
         return _Route(windows, "fused")
-    return _Route(windows, "gram" if gram else "composed")
+    return _Route(windows, order if order in ("gram", "reassociated") else "composed")
 
 
 def _fused(
@@ -262,7 +268,9 @@ def _fused(
     if math.prod(windows) > LARGEST_WINDOW or not all(weight.is_contiguous() for weight in weights):
         return False
     if name == "cpu":
-        return kind in cpu.KINDS
+        return kind in cpu.KINDS and not (
+            kind == "dot_product" and plain_is_faster(x.dtype, x.shape[1], pooled=not _trivial(windows))
+        )
     if name != "triton" or kind not in ("embedded_gaussian", "dot_product"):
         return False
     if kind == "dot_product" and (

@@ -17,13 +17,25 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Cost", "dot_product_algorithm", "dot_product_attention", "gram_block"]
+from rlnas_fast.ops import native
+from rlnas_fast.ops.nonlocal_attention.reference import pool_keys
+
+__all__ = [
+    "Cost",
+    "dot_product_algorithm",
+    "dot_product_attention",
+    "gram_block",
+    "plain_is_faster",
+    "reassociated_block",
+]
 
 Tensor = torch.Tensor
-# Multiply-adds in the time that one element's way takes: 2 cores with AVX-512; an H200 in bfloat16.
-BALANCE = {"cpu": 20, "cuda": 180}
+# Multiply-adds in the time that moving one element takes: what the measured orders on 2 CPU cores imply; an
+# H200's peaks in bfloat16.
+BALANCE = {"cpu": 5, "cuda": 180}
 Biases = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -53,12 +65,20 @@ def dot_product_algorithm(
     """
     channels, queries = shape[1], math.prod(shape[2:])
     keys = math.prod(size // window for size, window in zip(shape[2:], windows, strict=True))
-    projections = queries * channels * (2 * inner + 2 * width)
-    rows = queries * (5 * channels + 3 * (inner + width))  # x four times and z; every other row out and in
-    small = queries * keys * (inner + width), (queries + keys) * inner * width
+    project, rows = (
+        queries * channels * (2 * inner + width),
+        queries * (3 * channels + 2 * (2 * inner + width)),
+    )
+    direct, _ = _attention_costs(inner, width, queries, keys)
     costs = {
-        "direct": Cost(projections + small[0], rows + 2 * queries * keys),
-        "reassociated": Cost(projections + small[1], rows + 2 * inner * width),
+        "direct": Cost(
+            project + direct.products + queries * width * channels,
+            rows + direct.elements + 2 * queries * (channels + width),
+        ),
+        "reassociated": Cost(
+            project + keys * inner * width + inner * width * channels + queries * inner * channels,
+            rows + 2 * inner * (width + channels),
+        ),
         "gram": Cost(
             2 * queries * channels**2 + 3 * inner * channels**2, 3 * queries * channels + 6 * channels**2
         ),
@@ -68,15 +88,33 @@ def dot_product_algorithm(
     return min(costs, key=lambda name: costs[name].total(device_type)), costs
 
 
+def plain_is_faster(dtype: torch.dtype, channels: int, *, pooled: bool) -> bool:
+    """Says where plain products beat the fused CPU kernel, which computes in float32 (measured on AVX-512)."""
+    return (
+        dtype == torch.bfloat16
+        and channels >= (128 if pooled else 64)
+        and "avx512_bf16" in native.cpu().usable_isas()
+    )
+
+
 def dot_product_attention(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """Computes y_i = (1/M) sum_j (theta_i . phi_j) g_j for theta [B, D, N], phi [B, D, M], g [B, E, M].
 
     Reassociated, or direct where that takes fewer multiply-adds; y [B, E, N] is laid out as theta.
     """
-    (_, depth, queries), (_, width, keys) = theta.shape, g.shape
-    direct = queries * keys * (depth + width) < depth * width * (queries + keys)
-    y: Tensor = (_Direct if direct else _Reassociated).apply(theta, phi, g)
+    direct, reassociated = _attention_costs(theta.shape[1], g.shape[1], theta.shape[2], g.shape[2])
+    device = theta.device.type
+    function = _Direct if direct.total(device) < reassociated.total(device) else _Reassociated
+    y: Tensor = function.apply(theta, phi, g)
     return y
+
+
+def _attention_costs(depth: int, width: int, queries: int, keys: int) -> tuple[Cost, Cost]:
+    """Of g (phi^T theta) and of (g phi^T) theta."""
+    return (
+        Cost(queries * keys * (depth + width), 2 * queries * keys),
+        Cost((queries + keys) * depth * width, 2 * depth * width),
+    )
 
 
 def gram_block(
@@ -85,6 +123,112 @@ def gram_block(
     """The whole block without pooling: x [B, C, *space], weights [D, C], [D, C], [E, C], [C, E]."""
     rows: Tensor = _Gram.apply(residual, x.flatten(2).mT, theta, phi, g, out, *biases)
     return rows.mT.unflatten(2, x.shape[2:])
+
+
+def reassociated_block(
+    x: Tensor,
+    theta: Tensor,
+    phi: Tensor,
+    g: Tensor,
+    out: Tensor,
+    biases: Biases,
+    residual: bool,
+    windows: Sequence[int],
+) -> Tensor:
+    """The whole block; shapes as in ``gram_block``, keys pooled over ``windows``, one size a dimension."""
+    space = tuple(x.shape[2:])
+    rows: Tensor = _Block.apply(residual, space, tuple(windows), x.flatten(2).mT, theta, phi, g, out, *biases)
+    return rows.mT.unflatten(2, space)
+
+
+class _Block(torch.autograd.Function):
+    """On rows x [B, N, C]: q, k, v by one projection, P = k^T v / M, z = x + q (P W_z^T) + bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual: bool,
+        space: tuple[int, ...],
+        windows: tuple[int, ...],
+        x: Tensor,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        theta, phi, g, out, *biases = parameters
+        assert theta is not None
+        assert phi is not None
+        assert g is not None
+        assert out is not None
+        wide, wide_bias = torch.cat((theta, phi, g)), None
+        if any(bias is not None for bias in biases[:3]):
+            wide_bias = torch.cat(
+                [
+                    weight.new_zeros(weight.shape[0]) if bias is None else bias
+                    for weight, bias in zip((theta, phi, g), biases[:3], strict=True)
+                ]
+            )
+        if x.stride(2) == 1:
+            projected = F.linear(x, wide, wide_bias)
+        else:
+            projected = torch.bmm(x, wide.mT.expand(x.shape[0], -1, -1))
+            if wide_bias is not None:
+                projected += wide_bias
+        query, rest = projected.split((theta.shape[0], phi.shape[0] + g.shape[0]), 2)
+        ctx.pooling = None
+        if any(size > 1 for size in windows):
+            with torch.enable_grad():  # the pooling keeps its own indices
+                full = rest.detach().requires_grad_()
+                pooled = pool_keys(full.mT.unflatten(2, space), windows).mT
+            ctx.pooling, rest = (full, pooled), pooled.detach()
+        key, value = rest.split((phi.shape[0], g.shape[0]), 2)
+        small = _scaled(key.mT, value, 1 / key.shape[1])
+        folded = F.linear(small, out)
+        ctx.save_for_backward(x, wide, out, query, key, value, small, folded)
+        ctx.settings = (
+            residual,
+            [bias is not None for bias in biases],
+            (theta.shape[0], phi.shape[0], g.shape[0]),
+        )
+        bias = biases[3]
+        if x.stride(2) == 1:
+            z = torch.bmm(query, folded) if bias is None else torch.baddbmm(bias, query, folded)
+        else:
+            turned = folded.mT, query.mT
+            z = (torch.bmm(*turned) if bias is None else torch.baddbmm(bias[:, None], *turned)).mT
+        return z.add_(x) if residual else z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        x, wide, out, query, key, value, small, folded = ctx.saved_tensors
+        residual, has_bias, sizes = ctx.settings
+        grad_folded = torch.bmm(query.mT, grad_z)
+        grad_out = grad_folded.flatten(0, 1).mT @ small.flatten(0, 1)
+        grad_small = grad_folded @ out
+        grad_key = _scaled(value, grad_small.mT, 1 / key.shape[1])
+        grad_value = _scaled(key, grad_small, 1 / key.shape[1])
+        grads = [torch.bmm(grad_z, folded.mT), grad_key, grad_value]
+        if ctx.pooling is not None:
+            full, pooled = ctx.pooling
+            grads[1:] = torch.autograd.grad(pooled, full, torch.cat(grads[1:], 2))
+        grad = torch.cat(grads, 2)
+        grad_x = grad @ wide
+        if residual:
+            grad_x += grad_z
+        flat = grad.flatten(0, 1)
+        rows = x.stride(2) == 1
+        grad_wide = flat.mT @ x.flatten(0, 1) if rows else torch.bmm(grad.mT, x).sum(0)
+        ones = flat.new_ones((1, flat.shape[0]))  # a product is faster than a sum over so many rows
+        grad_biases = (ones @ flat)[0].split(sizes) if any(has_bias[:3]) else (None, None, None)
+        return (
+            None,
+            None,
+            None,
+            grad_x,
+            *grad_wide.split(sizes),
+            grad_out,
+            *(each if wanted else None for each, wanted in zip(grad_biases, has_bias[:3], strict=True)),
+            (ones @ grad_z.flatten(0, 1))[0] if has_bias[3] else None,
+        )
 
 
 class _Reassociated(torch.autograd.Function):

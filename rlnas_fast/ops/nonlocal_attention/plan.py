@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from rlnas_fast.ops.nonlocal_attention.dispatch import kernels
-from rlnas_fast.ops.nonlocal_attention.dot_product import dot_product_algorithm
+from rlnas_fast.ops.nonlocal_attention.dot_product import dot_product_algorithm, plain_is_faster
 
 __all__ = ["Plan", "plan_block"]
 
@@ -52,7 +52,8 @@ def plan_block(
     moved = dtype.itemsize * (2 * batch * channels * queries + 4 * channels * inner)
     depth = channels if kind == "gaussian" else inner
     products = queries * channels * (2 * inner if kind == "gaussian" else 4 * inner)
-    if kind == "dot_product" and found == "cpu":
+    plain = found == "cpu" and plain_is_faster(dtype, channels, pooled=keys < queries)
+    if kind == "dot_product" and found == "cpu" and not plain:
         algorithm = "reassociated"
         products += keys * inner * inner + channels * inner * inner
         reason = "one fused kernel; (W_z g phi^T) theta is linear in N and was faster than every other order"
@@ -63,6 +64,7 @@ def plan_block(
             f"{name} {cost.products / 1e6:.3g} M and {cost.elements / 1e6:.3g} M"
             for name, cost in costs.items()
         )
+        found = "torch"
         reason = f"cheapest in multiply-adds and elements moved a sample: {figures}"
     elif kind == "concatenation":
         algorithm = "sorted"
