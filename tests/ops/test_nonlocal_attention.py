@@ -219,9 +219,9 @@ def test_block_of_one_image_is_shared_by_all_threads() -> None:
 
 def plain_dot_product(x, theta, phi, g, out, *biases, residual=True, pool=1):
     windows = (pool,) * (x.dim() - 2) if isinstance(pool, int) else pool
-    return reference.nonlocal_block(
-        x, theta, phi, g, out, biases=biases or (None,) * 4, kind="dot_product", residual=residual, pool=windows
-    )  # fmt: skip
+    biases = biases or (None,) * 4
+    options = {"kind": "dot_product", "residual": residual, "pool": windows}
+    return reference.nonlocal_block(x, theta, phi, g, out, biases=biases, **options)
 
 
 def gram_form(x, theta, phi, g, out, *biases, residual=True, pool=1):

@@ -89,7 +89,7 @@ def dot_product_algorithm(
 
 
 def plain_is_faster(dtype: torch.dtype, channels: int, *, pooled: bool) -> bool:
-    """Says where plain products beat the fused CPU kernel, which computes in float32 (measured on AVX-512)."""
+    """Says where plain products beat the fused CPU kernel, which computes in float32 (measured)."""
     return (
         dtype == torch.bfloat16
         and channels >= (128 if pooled else 64)
