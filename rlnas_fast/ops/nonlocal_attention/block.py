@@ -243,7 +243,8 @@ def _route(
     pooled = not _trivial(windows)
     if kind == "gaussian" or (pair is not None and pooled):
         return _Route(windows, "composed")
-    if kind == "embedded_gaussian" and use_library(x, theta.shape[0], g.shape[0], biases, backend, pooled):
+    sizes = theta.shape[0], g.shape[0], x.shape[2:].numel()
+    if kind == "embedded_gaussian" and use_library(x.device.type, x.dtype, *sizes, backend, pooled=pooled):
         return _Route(windows, "library")
     order = ""
     if kind == "dot_product":
@@ -269,7 +270,9 @@ def _fused(
         return False
     if name == "cpu":
         return kind in cpu.KINDS and not (
-            kind == "dot_product" and plain_is_faster(x.dtype, x.shape[1], pooled=not _trivial(windows))
+            kind == "dot_product"
+            and backend == "auto"
+            and plain_is_faster(x.dtype, x.shape[1], pooled=not _trivial(windows))
         )
     if name != "triton" or kind not in ("embedded_gaussian", "dot_product"):
         return False

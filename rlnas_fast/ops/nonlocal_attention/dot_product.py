@@ -28,6 +28,7 @@ __all__ = [
     "dot_product_algorithm",
     "dot_product_attention",
     "gram_block",
+    "joined",
     "plain_is_faster",
     "reassociated_block",
 ]
@@ -158,14 +159,7 @@ class _Block(torch.autograd.Function):
         assert phi is not None
         assert g is not None
         assert out is not None
-        wide, wide_bias = torch.cat((theta, phi, g)), None
-        if any(bias is not None for bias in biases[:3]):
-            wide_bias = torch.cat(
-                [
-                    weight.new_zeros(weight.shape[0]) if bias is None else bias
-                    for weight, bias in zip((theta, phi, g), biases[:3], strict=True)
-                ]
-            )
+        wide, wide_bias = joined((theta, phi, g), biases[:3])
         if x.stride(2) == 1:
             projected = F.linear(x, wide, wide_bias)
         else:
@@ -357,6 +351,17 @@ class _Gram(torch.autograd.Function):
             grad_g_bias,
             None if out_bias is None else grad_shift.sum(0),
         )
+
+
+def joined(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Several projections of the same rows as one; a missing bias is 0 where another is there."""
+    if all(bias is None for bias in biases):
+        return torch.cat(tuple(weights)), None
+    filled = [
+        weight.new_zeros(weight.shape[0]) if bias is None else bias
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    return torch.cat(tuple(weights)), torch.cat(filled)
 
 
 def _mean_key(mean: Tensor, phi: Tensor, phi_bias: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from rlnas_fast.ops.nonlocal_attention.dispatch import kernels_name
+from rlnas_fast.ops.nonlocal_attention.dot_product import joined
 
 __all__ = ["library_block", "use_library"]
 
@@ -22,18 +23,27 @@ Biases = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 LARGEST_HEAD = 256  # beyond it SDPA forms the N x N matrix
 
 
-def use_library(x: Tensor, depth: int, width: int, biases: Biases, backend: str, pooled: bool) -> bool:
+def use_library(
+    device_type: str,
+    dtype: torch.dtype,
+    depth: int,
+    width: int,
+    positions: int,
+    backend: str,
+    *,
+    pooled: bool,
+) -> bool:
     """Says where SDPA's core beats our kernels: on an H200 from 128 channels and 512 positions on."""
     return (
-        x.device.type == "cuda"
-        and kernels_name(backend, "cuda", x.dtype) == "triton"
-        and x.dtype != torch.float32
+        device_type == "cuda"
+        and backend == "auto"
+        and kernels_name(backend, device_type, dtype) == "triton"
+        and dtype != torch.float32
         and not pooled
         and depth == width
         and 128 <= depth <= LARGEST_HEAD
         and depth % 8 == 0
-        and x.shape[2:].numel() >= 512
-        and len({bias is None for bias in biases[:3]}) == 1
+        and positions >= 512
         and not torch.are_deterministic_algorithms_enabled()
     )
 
@@ -41,14 +51,11 @@ def use_library(x: Tensor, depth: int, width: int, biases: Biases, backend: str,
 def library_block(
     x: Tensor, theta: Tensor, phi: Tensor, g: Tensor, out: Tensor, biases: Biases, residual: bool
 ) -> Tensor:
-    """The block of x [B, C, *space], weights [D, C] three times and [C, D], SDPA in the middle.
-
-    Theta, phi and g all have a bias, or none has.
-    """
+    """The block of x [B, C, *space], weights [D, C] three times and [C, D], SDPA in the middle."""
     rows = x.flatten(2).mT
     tensors = (rows, theta, phi, g, out, *biases)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        wide, wide_bias = _joined(theta, phi, g, biases)
+        wide, wide_bias = joined((theta, phi, g), biases[:3])
         z = F.linear(_core(F.linear(rows, wide, wide_bias), theta.shape[0]), out, biases[3])
         z = z + rows if residual else z
     else:
@@ -64,7 +71,7 @@ class _LibraryBlock(torch.autograd.Function):
         assert phi is not None
         assert g is not None
         assert out is not None
-        wide, wide_bias = _joined(theta, phi, g, (biases[0], biases[1], biases[2], biases[3]))
+        wide, wide_bias = joined((theta, phi, g), biases[:3])
         projected = F.linear(rows, wide, wide_bias)
         with torch.enable_grad():  # SDPA's backward has no public entry but autograd's
             ctx.projected = projected.detach().requires_grad_()
@@ -72,7 +79,7 @@ class _LibraryBlock(torch.autograd.Function):
         z = F.linear(ctx.mean.detach(), out, biases[3])
         ctx.save_for_backward(rows, wide, out)
         ctx.residual, ctx.sizes = residual, (theta.shape[0], phi.shape[0], g.shape[0])
-        ctx.has_bias = wide_bias is not None, biases[3] is not None
+        ctx.has_bias = [bias is not None for bias in biases]
         return z.add_(rows) if residual else z
 
     @staticmethod
@@ -87,18 +94,15 @@ class _LibraryBlock(torch.autograd.Function):
         grad_weights = (flat.mT @ rows.flatten(0, 1)).split(ctx.sizes)
         grad_out = flat_z.mT @ ctx.mean.detach().flatten(0, 1)
         ones = flat.new_ones((1, flat.shape[0]))
-        grad_biases: tuple[Tensor | None, ...] = (None, None, None)
-        if ctx.has_bias[0]:
-            grad_biases = (ones @ flat)[0].split(ctx.sizes)
-        grad_out_bias = (ones @ flat_z)[0] if ctx.has_bias[1] else None
-        return None, grad_rows, *grad_weights, grad_out, *grad_biases, grad_out_bias
-
-
-def _joined(theta: Tensor, phi: Tensor, g: Tensor, biases: Biases) -> tuple[Tensor, Tensor | None]:
-    first, second, third, _ = biases
-    if first is None or second is None or third is None:
-        return torch.cat((theta, phi, g)), None
-    return torch.cat((theta, phi, g)), torch.cat((first, second, third))
+        grad_biases = (ones @ flat)[0].split(ctx.sizes) if any(ctx.has_bias[:3]) else (None, None, None)
+        return (
+            None,
+            grad_rows,
+            *grad_weights,
+            grad_out,
+            *(each if wanted else None for each, wanted in zip(grad_biases, ctx.has_bias[:3], strict=True)),
+            (ones @ flat_z)[0] if ctx.has_bias[3] else None,
+        )
 
 
 def _core(projected: Tensor, depth: int) -> Tensor:

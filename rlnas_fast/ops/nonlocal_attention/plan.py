@@ -10,6 +10,7 @@ import torch
 
 from rlnas_fast.ops.nonlocal_attention.dispatch import kernels
 from rlnas_fast.ops.nonlocal_attention.dot_product import dot_product_algorithm, plain_is_faster
+from rlnas_fast.ops.nonlocal_attention.library_block import use_library
 
 __all__ = ["Plan", "plan_block"]
 
@@ -19,7 +20,7 @@ class Plan:
     """What one forward of a block does.
 
     Attributes:
-        algorithm: fused-softmax | composed-softmax | gram | reassociated | direct | sorted.
+        algorithm: fused-softmax | library-softmax | composed-softmax | gram | reassociated | direct | sorted.
         kernels: ``cpu``, ``triton``, ``cuda``, or ``torch`` for plain PyTorch.
         reason: why these.
         flops: of the forward, 2 a multiply-add; a lower bound where sorting is involved.
@@ -52,7 +53,7 @@ def plan_block(
     moved = dtype.itemsize * (2 * batch * channels * queries + 4 * channels * inner)
     depth = channels if kind == "gaussian" else inner
     products = queries * channels * (2 * inner if kind == "gaussian" else 4 * inner)
-    plain = found == "cpu" and plain_is_faster(dtype, channels, pooled=keys < queries)
+    plain = found == "cpu" and backend == "auto" and plain_is_faster(dtype, channels, pooled=keys < queries)
     if kind == "dot_product" and found == "cpu" and not plain:
         algorithm = "reassociated"
         products += keys * inner * inner + channels * inner * inner
@@ -64,15 +65,27 @@ def plan_block(
             f"{name} {cost.products / 1e6:.3g} M and {cost.elements / 1e6:.3g} M"
             for name, cost in costs.items()
         )
-        found = "torch"
         reason = f"cheapest in multiply-adds and elements moved a sample: {figures}"
+        if found == "triton" and dtype != torch.float32 and (channels <= 128 or algorithm != "gram"):
+            reason += "; without gradients three Triton launches, reassociated"
+        found = "torch"
     elif kind == "concatenation":
         algorithm = "sorted"
         products = 2 * queries * channels * (inner + 1) + 4 * queries * inner
         reason = "ReLU(a + b) is piecewise linear: sort and running sums, O(N log N + N C')"
     else:
         products += queries * keys * (depth + inner)
+        pooled = keys < queries
+        library = kind == "embedded_gaussian" and use_library(
+            device.type, dtype, inner, inner, queries, backend, pooled=pooled
+        )
         fused = kind == "embedded_gaussian" and found in ("cpu", "triton")
         algorithm = "fused-softmax" if fused else "composed-softmax"
         reason = f"online softmax in {found} kernels" if module else f"no kernel for {dtype} on {device}"
+        if library:
+            algorithm, found, reason = (
+                "library-softmax",
+                "torch",
+                "wide heads and many keys: SDPA's core is faster",
+            )
     return Plan(algorithm, found, reason, 2 * batch * products, moved)
