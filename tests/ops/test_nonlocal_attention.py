@@ -455,13 +455,26 @@ def test_gradients_by_finite_differences(kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_compiles_into_one_graph_with_dynamic_shapes() -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype", "channels", "pool"),
+    [
+        ("embedded_gaussian", torch.float32, 6, 1),
+        ("dot_product", torch.float32, 6, 1),
+        ("dot_product", torch.float64, 6, 1),
+        ("dot_product", torch.float64, 6, 2),
+        ("dot_product", torch.bfloat16, 64, 1),
+    ],
+)
+def test_compiles_into_one_graph_with_dynamic_shapes(
+    kind: str, dtype: torch.dtype, channels: int, pool: int
+) -> None:
     def step(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        return nonlocal_block(x, *weights[:4], biases=weights[4:]).sin()
+        return nonlocal_block(x, *weights[:4], biases=weights[4:], kind=kind, pool=pool).sin()
 
+    torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for side in (4, 6):
-        x, weights = block_operands(((2, 6, side, side), 3, 4, 1), torch.float32)
+        x, weights = block_operands(((2, channels, side, side), 3, 4, pool), dtype)
         grad = torch.randn(x.shape)
         for mine, plain in zip(
             with_gradients(compiled, [x, *weights], grad),

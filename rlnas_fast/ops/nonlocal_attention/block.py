@@ -251,6 +251,8 @@ def _route(
         order = dot_product_algorithm(x.shape, theta.shape[0], g.shape[0], windows, x.device.type)[0]
     if _fused(kind, x, (theta, phi, g, out), biases, windows, backend, wanted, order == "gram"):
         return _Route(windows, "fused")
+    if order == "reassociated" and pooled and torch.compiler.is_compiling():
+        order = "composed"  # a compiler cannot look into the gradient of the pooling
     return _Route(windows, order if order in ("gram", "reassociated") else "composed")
 
 

@@ -91,11 +91,12 @@ def dot_product_algorithm(
 
 def plain_is_faster(dtype: torch.dtype, channels: int, *, pooled: bool) -> bool:
     """Says where plain products beat the fused CPU kernel, which computes in float32 (measured)."""
-    return (
-        dtype == torch.bfloat16
-        and channels >= (128 if pooled else 64)
-        and "avx512_bf16" in native.cpu().usable_isas()
-    )
+    return dtype == torch.bfloat16 and channels >= (128 if pooled else 64) and _multiplies_bfloat16()
+
+
+@torch.compiler.assume_constant_result
+def _multiplies_bfloat16() -> bool:
+    return "avx512_bf16" in native.cpu().usable_isas()
 
 
 def dot_product_attention(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
