@@ -30,7 +30,7 @@ from rlnas_fast.ops.triton_launch import dot_precision
 
 __all__ = ["nonlocal_block"]
 
-LARGEST_FUSED_DOT = 128  # channels; beyond them the Gram form's products fill a GPU
+LARGEST_FUSED_DOT = 128  # channels; beyond them the products of a library fill a GPU, unless keys are pooled
 LARGEST_WINDOW = 255  # the place within a pooling window is kept in 8 bits
 Biases = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 NO_BIASES: Biases = (None, None, None, None)
@@ -246,14 +246,13 @@ def _route(
     sizes = theta.shape[0], g.shape[0], x.shape[2:].numel()
     if kind == "embedded_gaussian" and use_library(x.device.type, x.dtype, *sizes, backend, pooled=pooled):
         return _Route(windows, "library")
-    order = ""
-    if kind == "dot_product":
-        order = dot_product_algorithm(x.shape, theta.shape[0], g.shape[0], windows, x.device.type)[0]
-    if _fused(kind, x, (theta, phi, g, out), biases, windows, backend, wanted, order == "gram"):
+    if _fused(kind, x, (theta, phi, g, out), biases, windows, backend, wanted):
         return _Route(windows, "fused")
-    if order == "reassociated" and pooled and torch.compiler.is_compiling():
-        order = "composed"  # a compiler cannot look into the gradient of the pooling
-    return _Route(windows, order if order in ("gram", "reassociated") else "composed")
+    if kind == "dot_product" and not torch.compiler.is_compiling():  # a compiler fuses the plain form itself
+        order = dot_product_algorithm(x.shape, theta.shape[0], g.shape[0], windows, x.device.type)[0]
+        if order in ("gram", "reassociated"):
+            return _Route(windows, order)
+    return _Route(windows, "composed")
 
 
 def _fused(
@@ -264,7 +263,6 @@ def _fused(
     windows: list[int],
     backend: str,
     wanted: bool,
-    gram: bool,
 ) -> bool:
     """Says whether one operator runs the whole block."""
     name = kernels_name(backend, x.device.type, x.dtype)
@@ -278,9 +276,8 @@ def _fused(
         )
     if name != "triton" or kind not in ("embedded_gaussian", "dot_product"):
         return False
-    if kind == "dot_product" and (
-        wanted or x.dtype == torch.float32 or (gram and x.shape[1] > LARGEST_FUSED_DOT)
-    ):
+    wide = x.shape[1] > LARGEST_FUSED_DOT and _trivial(windows)
+    if kind == "dot_product" and (wanted or x.dtype == torch.float32 or wide):
         return False
     from rlnas_fast.ops.nonlocal_attention import triton_block
 

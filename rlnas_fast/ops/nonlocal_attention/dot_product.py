@@ -106,8 +106,13 @@ def dot_product_attention(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """
     direct, reassociated = _attention_costs(theta.shape[1], g.shape[1], theta.shape[2], g.shape[2])
     device = theta.device.type
-    function = _Direct if direct.total(device) < reassociated.total(device) else _Reassociated
-    y: Tensor = function.apply(theta, phi, g)
+    first_direct = direct.total(device) < reassociated.total(device)
+    if torch.compiler.is_compiling():  # which derives and fuses the plain form itself
+        keys = g.shape[2]
+        if first_direct:
+            return _product(g, torch.bmm(phi.mT, theta) / keys, theta)
+        return _product(torch.bmm(g, phi.mT) / keys, theta, theta)
+    y: Tensor = (_Direct if first_direct else _Reassociated).apply(theta, phi, g)
     return y
 
 

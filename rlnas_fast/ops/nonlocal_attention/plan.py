@@ -66,7 +66,7 @@ def plan_block(
             for name, cost in costs.items()
         )
         reason = f"cheapest in multiply-adds and elements moved a sample: {figures}"
-        if found == "triton" and dtype != torch.float32 and (channels <= 128 or algorithm != "gram"):
+        if found == "triton" and dtype != torch.float32 and (channels <= 128 or keys < queries):
             reason += "; without gradients three Triton launches, reassociated"
         found = "torch"
     elif kind == "concatenation":
