@@ -92,10 +92,7 @@ class NonLocalBlock(nn.Module):
             TypeError: x has another dtype than the weights, outside autocast.
             KernelUnavailable: the block's backend cannot run on x's device.
         """
-        if x.dim() != self.dims + 2 or x.shape[1] != self.channels:
-            raise ShapeError(
-                f"x has shape {list(x.shape)}; expected [batch, {self.channels}, {self.dims} spatial sizes]"
-            )
+        self._check_shape(x.shape)
         convolution, norm = self._output()
         out, out_bias = convolution.weight.flatten(1), convolution.bias
         folded = norm is not None and not norm.training and norm.running_var is not None
@@ -134,7 +131,11 @@ class NonLocalBlock(nn.Module):
             input_shape: [B, C, *space].
             dtype: of x.
             device: of x.
+
+        Raises:
+            ShapeError: as ``forward`` does for x of this shape.
         """
+        self._check_shape(input_shape)
         return plan_block(
             input_shape,
             self.inner_channels,
@@ -144,6 +145,12 @@ class NonLocalBlock(nn.Module):
             device=torch.device(device),
             backend=self.backend,
         )
+
+    def _check_shape(self, shape: Sequence[int]) -> None:
+        if len(shape) != self.dims + 2 or shape[1] != self.channels:
+            raise ShapeError(
+                f"x has shape {list(shape)}; expected [batch, {self.channels}, {self.dims} spatial sizes]"
+            )
 
     @property
     def pair_weight(self) -> torch.Tensor:

@@ -140,3 +140,19 @@ def test_bad_input() -> None:
         NonLocalBlock(4)(torch.randn(1, 5, 3, 3))
     with pytest.raises(ShapeError, match="leaves no key"):
         NonLocalBlock(4, subsample=2)(torch.randn(1, 4, 1, 1))
+    block = NonLocalBlock(4, subsample=2)
+    for shape, message in [
+        ((1, 5, 8, 8), "expected"),
+        ((1, 4, 8), "expected"),
+        ((1, 4, 1, 8), "leaves no key"),
+    ]:
+        with pytest.raises(ShapeError, match=message):
+            block.plan(shape)
+    for x, error, message in [
+        (torch.ones(1, 4, 8, 8).long(), TypeError, "x is torch"),
+        (torch.ones(1, 4, 8, 8).double(), TypeError, "but x is torch"),
+        (torch.ones(1, 4, 8, 8, device="meta"), ShapeError, "x is on meta"),
+        (torch.ones(1, 4, 0, 8), ShapeError, "leaves no key"),
+    ]:
+        with pytest.raises(error, match=message):
+            block(x)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from rlnas_fast.errors import ShapeError, unknown_name
 from rlnas_fast.ops.nonlocal_attention import cpu, reference
-from rlnas_fast.ops.nonlocal_attention.dispatch import DTYPES, check_backend, kernels_name
+from rlnas_fast.ops.nonlocal_attention.dispatch import AUTOCAST, DTYPES, check_backend, kernels_name
 from rlnas_fast.ops.nonlocal_attention.dot_product import (
     dot_product_algorithm,
     gram_block,
@@ -78,7 +78,9 @@ def nonlocal_block(
 
     Source: Wang et al., Non-local Neural Networks (2018), eq. 1-6 and section 3.3.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if len(biases) != 4:
+        raise ShapeError(f"biases has {len(biases)} entries; expected 4: of theta, phi, g and out")
+    if x.device.type in AUTOCAST and torch.is_autocast_enabled(x.device.type):
         x, theta, phi, g, out, pair, *casted = _autocast(x, theta, phi, g, out, pair, *biases)
         biases = (casted[0], casted[1], casted[2], casted[3])
     tensors = (x, theta, phi, g, out, *biases)
@@ -334,6 +336,9 @@ def _check(
         )
     if (theta is None) != (kind == "gaussian") or (phi is None) != (kind == "gaussian"):
         raise ShapeError(f"kind {kind!r} {'has no' if kind == 'gaussian' else 'needs'} theta and phi weights")
+    for label, tensor in (("theta", theta), ("phi", phi), ("g", g), ("out", out)):
+        if tensor is not None and tensor.dim() != 2:
+            raise ShapeError(f"{label} must be a matrix, but has shape {list(tensor.shape)}")
     channels, inner, width = x.shape[1], 0 if theta is None else theta.shape[0], g.shape[0]
     expected: dict[str, tuple[int, ...]] = {
         "theta": (inner, channels),

@@ -10,10 +10,11 @@ import torch
 
 from rlnas_fast.errors import KernelUnavailable, unknown_name
 
-__all__ = ["BACKENDS", "DTYPES", "check_backend", "kernels", "kernels_name"]
+__all__ = ["AUTOCAST", "BACKENDS", "DTYPES", "check_backend", "kernels", "kernels_name"]
 
 MODULES = {"cpu": "cpu", "triton": "triton_kernels", "cuda": "cuda"}
 BACKENDS = ("auto", "reference", *MODULES)
+AUTOCAST = ("cpu", "cuda")  # asking torch about another device raises
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -16,7 +16,7 @@ from rlnas_fast.errors import ShapeError, unknown_name
 from rlnas_fast.ops.nonlocal_attention import reference
 from rlnas_fast.ops.nonlocal_attention.concatenation import concatenation_attention
 from rlnas_fast.ops.nonlocal_attention.cpu import like_queries
-from rlnas_fast.ops.nonlocal_attention.dispatch import DTYPES, check_backend, kernels
+from rlnas_fast.ops.nonlocal_attention.dispatch import AUTOCAST, DTYPES, check_backend, kernels
 from rlnas_fast.ops.nonlocal_attention.dot_product import dot_product_attention
 
 __all__ = ["KINDS", "nonlocal_attention"]
@@ -93,7 +93,7 @@ class _Softmax(torch.autograd.Function):
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) for tensor in tensors)

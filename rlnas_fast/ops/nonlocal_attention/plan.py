@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from rlnas_fast.errors import ShapeError
 from rlnas_fast.ops.nonlocal_attention.dispatch import kernels
 from rlnas_fast.ops.nonlocal_attention.dot_product import dot_product_algorithm, plain_is_faster
 from rlnas_fast.ops.nonlocal_attention.library_block import use_library
@@ -44,8 +45,18 @@ def plan_block(
     device: torch.device,
     backend: str = "auto",
 ) -> Plan:
-    """Says what ``nonlocal_block`` does for x of this shape; see ``Plan``."""
+    """Says what ``nonlocal_block`` does for x of this shape; see ``Plan``.
+
+    Raises:
+        ShapeError: the shape is not that of ``pool``'s dimensions, or the pooling leaves no key.
+    """
     batch, channels, *space = input_shape
+    if len(space) != len(pool):
+        raise ShapeError(
+            f"input_shape {tuple(input_shape)} must be [batch, channels, {len(pool)} spatial sizes]"
+        )
+    if any(size < window for size, window in zip(space, pool, strict=True)):
+        raise ShapeError(f"pool {tuple(pool)} leaves no key of space {tuple(space)}; use a smaller one")
     queries = math.prod(space)
     keys = math.prod(size // window for size, window in zip(space, pool, strict=True))
     module = kernels(backend, device, dtype)
