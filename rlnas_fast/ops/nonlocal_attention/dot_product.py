@@ -312,7 +312,7 @@ class _Gram(torch.autograd.Function):
         gram, mean, mixed, value, folded, whole = ctx.saved_tensors[9:]
         batch, count, channels = x.shape
         grad_whole = torch.bmm(x.mT, grad_z)
-        grad_shift = None if theta_bias is None and out_bias is None else grad_z.sum(1)
+        grad_shift: Any = None if theta_bias is None and out_bias is None else grad_z.sum(1)
         grad_folded = torch.bmm(theta.expand(batch, -1, -1), grad_whole)
         if theta_bias is not None:
             grad_folded += theta_bias[:, None] * grad_shift.unsqueeze(1)

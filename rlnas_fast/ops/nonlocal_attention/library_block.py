@@ -107,5 +107,5 @@ class _LibraryBlock(torch.autograd.Function):
 
 def _core(projected: Tensor, depth: int) -> Tensor:
     """[B, N, 3D] to [B, N, D]."""
-    heads = (piece.unsqueeze(1) for piece in projected.split(depth, 2))
-    return F.scaled_dot_product_attention(*heads, scale=1.0).squeeze(1)
+    query, key, value = (piece.unsqueeze(1) for piece in projected.split(depth, 2))
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
