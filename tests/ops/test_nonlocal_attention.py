@@ -335,6 +335,20 @@ def test_block_around_a_library_core(bias: bool, layout: str) -> None:
         assert_as_exact_as_torch(*results)
 
 
+def test_a_kept_graph_can_be_run_again() -> None:
+    x, weights = block_operands(((2, 6, 4, 4), 3, 3, 1), torch.float64, bias=False)
+    leaves = [tensor.requires_grad_() for tensor in (x, *weights)]
+    none = (None,) * 4
+    for z in (
+        library_block(*leaves, none, True),
+        gram_block(*leaves, none, True),
+        reassociated_block(*leaves, none, True, (2, 2)),
+    ):
+        first, again = (torch.autograd.grad(z.sum(), leaves, retain_graph=True) for _ in range(2))
+        for one, other in zip(first, again, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_a_remembered_route_still_refuses_bad_input() -> None:
     x, weights = block_operands(BLOCKS[0], torch.float32, bias=False)
     for _ in range(2):

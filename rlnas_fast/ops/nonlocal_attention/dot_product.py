@@ -209,7 +209,7 @@ class _Block(torch.autograd.Function):
         grads = [torch.bmm(grad_z, folded.mT), grad_key, grad_value]
         if ctx.pooling is not None:
             full, pooled = ctx.pooling
-            grads[1:] = torch.autograd.grad(pooled, full, torch.cat(grads[1:], 2))
+            grads[1:] = torch.autograd.grad(pooled, full, torch.cat(grads[1:], 2), retain_graph=True)
         grad = torch.cat(grads, 2)
         grad_x = grad @ wide
         if residual:

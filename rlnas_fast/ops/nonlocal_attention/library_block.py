@@ -86,7 +86,8 @@ class _LibraryBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         rows, wide, out = ctx.saved_tensors
-        (grad,) = torch.autograd.grad(ctx.mean, ctx.projected, grad_z @ out)
+        # Kept for a caller who keeps his graph; it goes when this node goes.
+        (grad,) = torch.autograd.grad(ctx.mean, ctx.projected, grad_z @ out, retain_graph=True)
         grad_rows = grad @ wide
         if ctx.residual:
             grad_rows += grad_z
