@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .hardware.measure import measure_module as measure
     from .runs import load_child, resume_run, run
 
-__all__ = ["__version__", "load_child", "resume_run", "run"]
+__all__ = ["__version__", "load_child", "measure", "resume_run", "run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from . import runs
 
         return getattr(runs, name)
+    if name == "measure":
+        from .hardware.measure import measure_module
+
+        return measure_module
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -89,6 +89,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
 
 LIMITS = {
     "max_latency_ms": ("latency_s", 1e-3),
+    "max_energy_mj": ("energy_j", 1e-3),
     "max_params": ("parameters", 1.0),
     "max_flops": ("flops", 1.0),
 }
@@ -164,6 +165,7 @@ class SearchConfig(BaseModel):
     targets: tuple[Positive, ...] = ()  # several target latencies, in milliseconds
     objectives: tuple[str, ...] = ()
     max_latency_ms: Positive | None = None
+    max_energy_mj: Positive | None = None  # of one pass, above idle
     max_params: Positive | None = None
     max_flops: Positive | None = None
     max_seconds: Positive | None = None
@@ -172,6 +174,7 @@ class SearchConfig(BaseModel):
     confirm_epochs: Annotated[int, Field(ge=1)] | None = None  # twice the epochs
     durability: Literal["crash", "full"] = "crash"
     cache: Path | None = None
+    cost_model: Path | None = None  # a latency table that `rlnas profile` made
 
     @model_validator(mode="after")
     def _sensible(self) -> SearchConfig:
@@ -234,6 +237,7 @@ class Parts:
     reward: search.Reward
     evaluator: search.Evaluator
     executor: search.Executor
+    cost_model: search.CostModel | None = None
 
 
 def read_config(settings: Mapping[str, Any], file: Path | None = None) -> SearchConfig:
@@ -286,7 +290,13 @@ def build(config: SearchConfig, objects: Mapping[str, Any] | None = None) -> Par
         config = config.model_copy(update={"reward": Component(name=name)})
     reward = _reward(config, given)
     _check_needs(reward, evaluator)
-    return Parts(config, task_spec, space, strategy, reward, evaluator, _executor(config, devices))
+    executor = _executor(config, devices)
+    if config.cost_model is None:
+        return Parts(config, task_spec, space, strategy, reward, evaluator, executor)
+    from .costs import cost_model
+
+    table = cost_model(config, space, task_spec, devices)
+    return Parts(config, task_spec, space, strategy, reward, evaluator, executor, table)
 
 
 def make(kind: str, component: Component, *arguments: Any, **fixed: Any) -> Any:
@@ -483,13 +493,26 @@ def _train_child(config: SearchConfig, space: Any, task: Any, device: str) -> se
         task,
         Recipe(**check_options("recipe", Recipe, config.recipe)),
         device,
-        meter_for(device) if config.meter is None else make("meter", config.meter),
+        meter_for(device, energy=_asks_for_energy(config))
+        if config.meter is None
+        else make("meter", config.meter),
         config.threads,
         turn=training,
         environment=device_identity(device),
         **options,
     )
     return trainer
+
+
+def _asks_for_energy(config: SearchConfig) -> bool:
+    """Whether a limit, or an option of the reward, names the energy."""
+    options = config.reward.options.values() if config.reward else ()
+    objectives = getattr(config, "objective_numbers", ())
+    return "energy_j" in (
+        *config.limits,
+        *objectives,
+        *(value for value in options if isinstance(value, str)),
+    )
 
 
 def _provided(evaluator: search.Evaluator) -> tuple[str, ...]:

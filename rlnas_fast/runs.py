@@ -19,14 +19,17 @@ import tomli_w
 
 from . import __version__, search
 from .compose import Component, Parts, SearchConfig, build, make, read_config
+from .costs import check_reachable
 from .errors import ReplayMismatch, RunError
+from .hardware.latency_table import LatencyTable
 from .report.front import front_of, save_front_picture
-from .search import Archive, Budget, Measurement, Request, Trial
+from .search import Archive, Budget, Measurement, Request, SearchContext, Trial
 from .search.goals import Adaptive, excess, volumes
 from .search.rewards import within
 from .storage.measurement_cache import SqliteCache
 from .storage.sqlite_log import SqliteLog
 
+COST_MODEL = "cost_model.json"
 PACKAGES = ("torch", "numpy")
 
 Done = TypeVar("Done")
@@ -112,8 +115,11 @@ def start(
 ) -> RunResult:
     """Starts a new run in ``out``, which must not hold anything yet."""
     parts = build(config, objects)
+    check_reachable(parts)
     folder = _new_folder(Path(out) if out else None, config)
     _save_config(parts.config, folder)
+    if isinstance(parts.cost_model, LatencyTable):
+        parts.cost_model.save(folder / COST_MODEL)
     return _go_on(parts, folder, progress or Silent(), replay=True)
 
 
@@ -127,7 +133,8 @@ def resume(
 ) -> RunResult:
     """Goes on where the log of ``folder`` ends; ``settings`` (more trials, say) replace saved ones."""
     config = saved_config(folder, settings)
-    parts = build(config, objects)
+    kept = folder / COST_MODEL
+    parts = build(config.model_copy(update={"cost_model": kept}) if kept.is_file() else config, objects)
     if settings:
         _save_config(config, folder)
     return _go_on(parts, folder, progress or Silent(), replay=not continue_from_log)
@@ -229,6 +236,8 @@ def search_in(
                 batch_size=config.batch_size,
                 budget=Budget(config.epochs, config.child_seconds),
                 seed=config.seed,
+                context=SearchContext(cost_model=parts.cost_model),
+                limits=config.limits,
                 max_seconds=config.max_seconds,
                 replay=replay,
                 on_measured=progress.measured,

@@ -30,11 +30,12 @@ MAY_IMPORT = {
     "evaluators": {"search", "training"},
     "compression": {"nn", "ops", "rl", "training", "hardware", "search"},
     "placement": {"nn", "rl", "training", "hardware", "search"},
+    "costs": EVERYTHING - {"cli", "runs", "environments", "experiments"},
     "compose": EVERYTHING - {"cli", "runs", "environments", "experiments"},
     "environments": {"compose", "envs", "search"},
     "runs": EVERYTHING - {"cli", "experiments"},
     "experiments": EVERYTHING - {"cli"},
-    "__init__": {"runs", "_version"},
+    "__init__": {"runs", "hardware", "_version"},
     "cli": EVERYTHING,
 }
 

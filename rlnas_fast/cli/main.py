@@ -88,6 +88,7 @@ def search(
         str | None, typer.Option(help="Keep a whole front of these, e.g. accuracy,latency,energy.")
     ] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Hard limit.")] = None,
+    max_energy_mj: Annotated[float | None, typer.Option(help="Hard limit, of one pass, above idle.")] = None,
     max_params: Annotated[float | None, typer.Option(help="Hard limit.")] = None,
     max_flops: Annotated[float | None, typer.Option(help="Hard limit, of one sample's forward pass.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Start no child after this long.")] = None,
@@ -95,6 +96,7 @@ def search(
         str | None, typer.Option(help="Survive a `crash`, or power loss too: `full`.")
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Measurements to share among runs.")] = None,
+    cost_model: Annotated[Path | None, typer.Option(help="A table from `rlnas profile`.")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file; flags and --set override it.")] = None,
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="The run folder (default: a new one in runs/).")] = None,
@@ -110,6 +112,7 @@ def search(
         "target_latency_ms": target_latency_ms, "targets": _numbers("--targets", targets),
         "objectives": objectives.split(",") if objectives is not None else None,
         "max_latency_ms": max_latency_ms, "max_params": max_params,
+        "max_energy_mj": max_energy_mj, "cost_model": str(cost_model) if cost_model else None,
         "max_flops": max_flops, "max_seconds": max_seconds, "durability": durability,
         "cache": str(cache) if cache else None,
         "task.classes": _integers("--classes", classes),
@@ -177,6 +180,31 @@ def measure(
         device=device,
         as_json=as_json,
     )
+
+
+@app.command()
+def profile(
+    space: Annotated[str, typer.Argument(help="What to profile; see `rlnas spaces`.")],
+    task: Annotated[str | None, typer.Option(help="What its networks take and answer with.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The file of a task that reads one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, ... or auto.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The table (default: SPACE-cpu.json or -cuda.json).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a space's operators cost here: a table for `rlnas search --cost-model`."""
+    given: dict[str, Any] = {
+        "space": space, "task": task, "device": device, "threads": threads,
+        "task.path": str(data) if data else None,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None} | _settings(settings)
+    from ..compose import read_config
+    from .profile import profile_space
+
+    profile_space(read_config(given), out, as_json)
 
 
 @app.command()

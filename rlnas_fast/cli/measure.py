@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from ..compose import find, resolve_device
 from ..errors import ConfigError
 from ..hardware.measure import Latency, ModuleCost, measure_module
-from ..runs import load_child, read_best
-
-if TYPE_CHECKING:
-    from torch import nn
+from ..runs import load_child, read_best, saved_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,8 +24,6 @@ def measure_network(
     network: str, *, shape: tuple[int, ...] | None, batch: int, dtype: str, device: str, as_json: bool
 ) -> None:
     """Measures the winner of a run folder, or the module that ``module:attribute`` makes."""
-    import torch
-
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if batch < 1:
@@ -46,8 +43,9 @@ def measure_network(
 
 def _load(network: str) -> tuple[nn.Module, tuple[int, ...] | None]:
     if Path(network).is_dir() or ":" not in network:
-        return load_child(network), tuple(read_best(Path(network))["task_spec"]["input_shape"])
-    from torch import nn
+        module = load_child(network).to(memory_format=torch.channels_last)
+        torch.set_num_threads(saved_config(Path(network)).threads)  # both as the search measured it
+        return module, tuple(read_best(Path(network))["task_spec"]["input_shape"])
 
     made: Any = find("network", network)
     try:
@@ -60,9 +58,7 @@ def _load(network: str) -> tuple[nn.Module, tuple[int, ...] | None]:
 
 
 def _print(cost: ModuleCost) -> None:
-    table = Table(
-        "", "measured", "", title=f"{cost.device.get('name', '')}, batch {cost.batch}, {cost.dtype}"
-    )
+    table = Table("", "measured", "", title=f"{_device(cost)}, batch {cost.batch}, {cost.dtype}")
     table.columns[1].justify = "right"
     for name, latency in (("latency, eager", cost.eager), ("latency, replayed graph", cost.graph)):
         if latency is not None:
@@ -84,6 +80,12 @@ def _print(cost: ModuleCost) -> None:
         console.print(f"unknown: {name.removesuffix('_j')}: {reason}", highlight=False, markup=False)
     for caveat in cost.caveats:
         console.print(f"caveat: {caveat}", highlight=False, markup=False)
+
+
+def _device(cost: ModuleCost) -> str:
+    threads = cost.device.get("threads")
+    name = cost.device.get("name", "")
+    return name if threads is None else f"{name}, {threads} thread{'s' * (threads != '1')}"
 
 
 def _spread(latency: Latency) -> str:

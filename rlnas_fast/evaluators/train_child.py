@@ -100,13 +100,13 @@ class TrainChild:
         """What its measurements depend on beside the request."""
         return {
             "evaluator": "train-child",
-            "space": _settings(self._space),
+            "space": settings_of(self._space),
             "task": f"{self._task.name} {self._task.spec}",
             "data": self._task.data_hash,
-            "recipe": _settings(self._recipe),
+            "recipe": settings_of(self._recipe),
             "device": _device_name(self._device),
             "threads": str(self._threads or torch.get_num_threads()),
-            "meter": _settings(self._meter),
+            "meter": settings_of(self._meter),
             "latency_batch": str(self._latency_batch),
             **({} if self._corruption is None else {"robustness": str(self._corruption)}),
             "torch": torch.__version__,
@@ -262,7 +262,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _settings(part: object) -> str:
+def settings_of(part: object) -> str:
     """The class of ``part`` and its plain settings; nothing that differs between equal parts."""
     if part is None:
         return "none"

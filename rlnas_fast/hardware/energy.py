@@ -82,6 +82,17 @@ def measure_energy(
         return Energy(reason=str(error))
 
 
+def readable(board: Board) -> None:
+    """Raises MeterError, with the reason, if ``board`` tells nothing of the energy of our work."""
+    shared = board.shared()
+    if shared:
+        raise Spoiled(shared)
+    try:
+        board.energy_mj()
+    except NotSupported:
+        board.power_mw()
+
+
 class Spoiled(MeterError):
     """Something happened within the window that no figure survives."""
 

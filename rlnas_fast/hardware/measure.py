@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import MeterError, ShapeError
 from . import cuda_events, wall_clock
-from .energy import Energy, measure_energy
+from .energy import Energy
 from .exclusion import measuring
 from .identity import device_identity
-from .rapl import RaplBoard
 from .sampling import Samples, sample, unsteady
 from .wall_clock import Load
 
@@ -90,7 +91,7 @@ class ModuleCost:
 def measure_module(
     module: nn.Module,
     example_input: Tensor,
-    device: str = "cpu",
+    device: str | None = None,
     *,
     energy_seconds: float = 2.0,
     seconds: float = 0.5,
@@ -103,7 +104,7 @@ def measure_module(
     Args:
         module: takes one tensor; stays as it is.
         example_input: [batch, ...], any dtype that the module takes; its values do not matter.
-        device: "cpu", "cuda" or "cuda:<index>".
+        device: "cpu", "cuda" or "cuda:<index>"; None takes where the example is.
         energy_seconds: least length of the energy window; 0 leaves energy unknown.
         seconds: most time for each of the two halves of a latency.
     Raises:
@@ -114,11 +115,13 @@ def measure_module(
         raise ShapeError(
             f"example_input {tuple(example_input.shape)}: give [batch, ...] with at least one sample"
         )
+    device = device or str(example_input.device)
     identity = device_identity(device)
     backend: _Cpu | _Cuda = _Cuda(device) if identity["kind"] == "cuda" else _Cpu()
     module = copy.deepcopy(module).to(device).eval()
     inputs = [example_input.detach().to(device, copy=True) for _ in range(INPUTS)]
     batch = len(example_input)
+    held_bytes = sum(t.nbytes for t in (*module.parameters(), *module.buffers(), *inputs))
     with torch.inference_mode(), measuring(device), backend.active():
         flops = _flops(module, inputs[0])
         calls = [lambda x=x: module(x) for x in inputs]
@@ -136,9 +139,12 @@ def measure_module(
     if peak_memory_bytes is None:
         unknown["peak_memory_bytes"] = "PyTorch does not count memory on a CPU"
     if clock_mhz is None:
-        unknown["clock_mhz"] = "cannot be read on this device"
-    if energy.energy_j is None:
-        unknown["energy_j"] = energy.reason or "not asked for"
+        unknown["clock_mhz"] = "this device does not tell (virtual machines seldom do)"
+    for name in ("energy_j", "energy_low_j", "energy_high_j", "power_w", "idle_power_w"):
+        if getattr(energy, name) is None:
+            unknown[name] = energy.reason or (
+                "not asked for" if energy.energy_j is None else "the window has too few ticks for an interval"
+            )
     return ModuleCost(
         device=identity,
         batch=batch,
@@ -156,7 +162,9 @@ def measure_module(
         flops=flops // batch,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         unknown=unknown,
-        caveats=tuple(dict.fromkeys((*caveats, *state_caveats, *energy.caveats))),
+        caveats=tuple(
+            dict.fromkeys((*caveats, *backend.warm_cache(held_bytes), *state_caveats, *energy.caveats))
+        ),
     )
 
 
@@ -184,19 +192,26 @@ class _Cpu:
     def synchronize(self) -> None:
         """A call is over when it returns."""
 
+    def warm_cache(self, held_bytes: int) -> tuple[str, ...]:
+        return ()  # how much of the last cache is ours, a shared machine does not say
+
     def peak_memory(self, call: Call) -> int | None:
         return None
 
     def state(self) -> tuple[int | None, tuple[str, ...]]:
-        return None, self._load.caveats()
+        return _clock_mhz(), self._load.caveats()
 
     def energy(self, call: Call, seconds: float) -> Energy:
-        if not seconds:
-            return Energy()
-        try:
-            return measure_energy(RaplBoard(), call, self.synchronize, seconds=seconds)
-        except MeterError as error:
-            return Energy(reason=str(error))
+        return wall_clock.package_energy(call, seconds) if seconds else Energy()
+
+
+def _clock_mhz() -> int | None:
+    """Clock of the fastest core that we may use, where the kernel tells."""
+    found = []
+    for core in os.sched_getaffinity(0):
+        with suppress(OSError, ValueError):
+            found.append(int(Path(f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq").read_text()))
+    return max(found) // 1000 if found else None
 
 
 class _Cuda:
@@ -220,6 +235,14 @@ class _Cuda:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
+
+    def warm_cache(self, held_bytes: int) -> tuple[str, ...]:
+        cache_bytes = int(torch.cuda.get_device_properties(self._device).L2_cache_size)
+        if held_bytes > cache_bytes:
+            return ()
+        return (
+            f"warm cache: weights and inputs, {held_bytes / 2**20:.1f} MiB, stay in the L2 between calls",
+        )
 
     def peak_memory(self, call: Call) -> int | None:
         return cuda_events.peak_memory(call)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -261,13 +262,23 @@ def _throttles(nvml: Any) -> tuple[tuple[int, str], ...]:
 
 
 def _foreign(pids: list[int]) -> tuple[int, ...]:
-    """Those that are not ours: neither this process nor the one it works for.
+    """Those that are not ours: neither this process, nor the one it works for, nor workers of either.
+
+    Workers of ours wait while one of them measures (``exclusion``).
 
     In a container NVML may give the host's numbers.  Then none is ours by number, but one of them is
     this process, which is using the GPU: with n of them n - 1 are foreign.
     """
     parent = multiprocessing.parent_process()
-    own = {os.getpid(), parent.pid if parent else None}
+    own = {os.getpid()} | ({parent.pid} if parent and parent.pid else set())
     if own.isdisjoint(pids):
         return tuple(pids[1:])
-    return tuple(pid for pid in pids if pid not in own)
+    return tuple(pid for pid in pids if pid not in own and _parent_of(pid) not in own)
+
+
+def _parent_of(pid: int) -> int | None:
+    """The parent of a process: proc_pid_stat(5), field 4."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None

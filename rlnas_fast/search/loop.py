@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError, ReplayMismatch
 from .protocols import (
+    CostModel,
     Evaluator,
     Executor,
     MeasurementCache,
@@ -56,6 +57,7 @@ def run_search(
     seed: int,
     cache: MeasurementCache | None = None,
     context: SearchContext = SearchContext(),  # noqa: B008 - frozen
+    limits: Mapping[str, float] = {},
     max_seconds: float | None = None,
     replay: bool = True,
     on_measured: Callable[[int, Measurement, float], None] = lambda position, measurement, seconds: None,
@@ -66,6 +68,8 @@ def run_search(
     Args:
         batch_size: how many children are asked at a time; of an asynchronous strategy, how many are in
             flight: it is told each one as it finishes, and asked for one more.
+        limits: hard limits by name; a child that the context's cost model puts above one, by more than
+            the model's error, fails without being trained.
         replay: True asks the seeded strategy again for every batch of the log and requires the same
             answer, so that a resumed search equals one that was never interrupted.  False only tells it
             the old trials.
@@ -81,7 +85,9 @@ def run_search(
         validate(space, architecture)
         key = space.canonical_key(architecture)
         request = Request(architecture, budget, child_seed(seed, key))
-        return _Child(batch, architecture, key, request, measurement_key(identity, key, budget, request.seed))
+        stored = measurement_key(identity, key, budget, request.seed)
+        hopeless = _hopeless(architecture.choices, context.cost_model, limits)
+        return _Child(batch, architecture, key, request, stored, hopeless)
 
     if getattr(strategy, "asynchronous", False):
         return _run_asynchronously(
@@ -118,13 +124,19 @@ def run_search(
 
 @dataclass(frozen=True, eq=False)
 class _Child:
-    """An architecture that was asked; ``stored`` is its measurement's key in the cache."""
+    """An architecture that was asked.
+
+    Attributes:
+        stored: its measurement's key in the cache.
+        hopeless: why it need not be evaluated, or None.
+    """
 
     batch: int
     architecture: Architecture
     key: str
     request: Request
     stored: str
+    hopeless: Measurement | None
 
     def trial(
         self, number: int, measurement: Measurement, reward: float, seconds: float, cached: bool
@@ -144,9 +156,10 @@ def _evaluate(
     results: dict[int, tuple[Measurement, float, bool]] = {}
     first: dict[str, int] = {}
     for position, key in enumerate(stored):
-        known = None if cache is None else cache.get(key)
+        skipped = children[position].hopeless
+        known = skipped or (None if cache is None else cache.get(key))
         if known is not None:
-            results[position] = (known, 0.0, True)
+            results[position] = (known, 0.0, skipped is None)
             on_measured(position, known, 0.0)
         else:
             first.setdefault(key, position)
@@ -167,6 +180,24 @@ def _conditioned(context: SearchContext, reward: Reward, before: Sequence[Trial]
     """What the strategy may see: with the target and the goal of a reward that has them."""
     condition = getattr(reward, "conditioned", None)
     return condition(context, before) if condition is not None else context
+
+
+def _hopeless(
+    choices: tuple[int, ...], cost_model: CostModel | None, limits: Mapping[str, float]
+) -> Measurement | None:
+    """The failure of a child whose estimated cost is above a limit by more than the estimate may be off."""
+    errors: Mapping[str, float] = getattr(cost_model, "errors", {})
+    bounded = [name for name in limits if name in errors]
+    if cost_model is None or not bounded:
+        return None
+    estimate = cost_model.estimate(choices)
+    for name in bounded:
+        if estimate[name] > limits[name] * (1 + errors[name]):
+            return Measurement(
+                failure=f"not trained: its {name} is estimated at {estimate[name]:.4g} "
+                f"(+- {errors[name]:.0%}), the limit is {limits[name]:.4g}"
+            )
+    return None
 
 
 def _rewards(batch: Sequence[Measurement], before: Sequence[Trial], reward: Reward) -> list[float]:
@@ -222,7 +253,7 @@ def _run_asynchronously(
         done.append(trial)
 
     def start(child: _Child) -> None:
-        known = None if cache is None else cache.get(child.stored)
+        known = child.hopeless or (None if cache is None else cache.get(child.stored))
         if known is None:
             running.append(child)
             requests.append(child.request)
@@ -236,7 +267,7 @@ def _run_asynchronously(
         on_measured(0, measurement, seconds)
         flight.remove(child)
         (value,) = _rewards([measurement], done, reward)
-        trial = child.trial(len(done), measurement, value, seconds, cached)
+        trial = child.trial(len(done), measurement, value, seconds, cached and child.hopeless is None)
         log.append([trial])
         tell(trial)
         on_trials([trial])

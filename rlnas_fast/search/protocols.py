@@ -14,7 +14,11 @@ from .trial import Budget, Cost, Measurement, Trial
 
 @runtime_checkable
 class CostModel(Protocol):
-    """Estimates what an architecture will cost from its first decisions."""
+    """Estimates what an architecture will cost from its first decisions.
+
+    One that also has ``errors`` (by name, how far off an estimate may be, relative) lets a search leave out
+    children that cannot keep a hard limit.
+    """
 
     def estimate(self, prefix: tuple[int, ...]) -> Mapping[str, float]:
         """Cost so far by name ("latency_s", "parameters", ...) of the decisions in ``prefix``."""

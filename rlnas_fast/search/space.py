@@ -48,7 +48,8 @@ class SearchSpace(Protocol):
 
     A space may end early (a chain that terminates): ``is_complete`` says when.  Spaces hold no state
     and can be pickled.  A space that can be trained also has
-    ``build(architecture, task_spec) -> torch.nn.Module``; nothing in ``rlnas_fast.search`` calls it.
+    ``build(architecture, task_spec) -> torch.nn.Module``, one whose costs can be estimated also
+    ``cheapest(prefix) -> Architecture``; nothing in ``rlnas_fast.search`` calls them.
     """
 
     @property

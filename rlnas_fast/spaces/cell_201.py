@@ -74,6 +74,11 @@ class Cell201:
         """Whether every edge has its operation."""
         return len(prefix) == len(EDGES)
 
+    def cheapest(self, prefix: tuple[int, ...]) -> Architecture:
+        """The rest as skip connections, for without them what is chosen leads nowhere; or nothing at all."""
+        rest = "skip_connect" if any(OPERATIONS[choice] != "none" for choice in prefix) else "none"
+        return Architecture(self.name, prefix + (OPERATIONS.index(rest),) * (len(EDGES) - len(prefix)))
+
     def canonical_key(self, architecture: Architecture) -> str:
         """What the cell computes, so that edges without effect and the order of nodes do not show."""
         if self.distinct == "cells":

@@ -184,6 +184,13 @@ class ChainCNN:
         depth = len(prefix) - len(self._training)
         return depth >= self.max_depth or (depth > 0 and self._options[prefix[-1]].type == "end")
 
+    def cheapest(self, prefix: tuple[int, ...]) -> Architecture:
+        """Ends as soon as it may: an empty chain after one narrow 1x1 convolution."""
+        while not self.is_complete(prefix):
+            end = len(self._options) - 1
+            prefix += (end if self.mask(prefix)[end] else 0,)
+        return Architecture(self.name, prefix)
+
     def canonical_key(self, architecture: Architecture) -> str:
         """The chain itself: no two of them are one network."""
         training = "".join(f"{name}={value}:" for name, value in self.recipe(architecture).items())

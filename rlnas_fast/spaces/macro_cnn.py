@@ -111,6 +111,14 @@ class MacroCNN:
         """Whether every layer has its four choices."""
         return len(prefix) == 4 * self.layers
 
+    def cheapest(self, prefix: tuple[int, ...]) -> Architecture:
+        """Pools while they are allowed, then 1x1 convolutions; of the rest the first choice."""
+        pool = TYPES.index("maxpool3x3")
+        while not self.is_complete(prefix):
+            pools = len(prefix) % 4 == 0 and self.mask(prefix)[pool]
+            prefix += (pool if pools else 0,)
+        return Architecture(self.name, prefix)
+
     def canonical_key(self, architecture: Architecture) -> str:
         """The layers; group normalisations of equally many groups are one."""
         groups = {"layer": 1, "group": math.gcd(self.width, 8), "instance": self.width}

@@ -62,6 +62,11 @@ class NasBenchMacro:
         """Whether every layer is chosen."""
         return len(prefix) == len(_DECISIONS)
 
+    def cheapest(self, prefix: tuple[int, ...]) -> Architecture:
+        """The rest left out."""
+        left_out = CHOICES.index("identity")
+        return Architecture(self.name, prefix + (left_out,) * (len(_DECISIONS) - len(prefix)))
+
     def canonical_key(self, architecture: Architecture) -> str:
         """The blocks of each stage in order, without those that are left out and change nothing."""
         stages = []

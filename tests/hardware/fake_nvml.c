@@ -1,4 +1,4 @@
-/* A libnvidia-ml.so.1 without a GPU: one board that behaves as a script says, in a time that tests move.
+/* A libnvidia-ml.so.1 without a GPU: a board that behaves as a script says, in a time that tests move.
  *
  * The script is the file that FAKE_NVML_SCRIPT names, read by nvmlInit; a line is `name value`:
  *   tick_s 0.02        seconds between two ticks of the energy counter
@@ -7,6 +7,7 @@
  *   energy 0           the counter is not supported
  *   instant 0          momentary power is not supported
  *   mig 1              the board is split
+ *   boards 2           a second board, on which nothing runs
  *   init 18            nvmlInit answers with this code
  *   energy_error 4     the counter answers with this code
  *   process 4242       one more process on the board; 0 stands for the caller
@@ -26,7 +27,8 @@
 enum { SUCCESS = 0, UNINITIALIZED = 1, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, LOST = 15 };
 enum { MOST_EVENTS = 32, MOST_PROCESSES = 8, POWER_INSTANT = 186 };
 
-static const char UUID[] = "GPU-00000000-1111-2222-3333-444444444444";
+static const char* const UUIDS[] = {"GPU-00000000-1111-2222-3333-444444444444",
+                                    "GPU-00000000-1111-2222-3333-555555555555"};
 
 typedef struct {
   double time_s;
@@ -49,7 +51,8 @@ typedef struct {
 } FieldValue;
 
 static double now_s, tick_s, idle_w, work_w, pending_s, query_s, exact_mj, counted_mj;
-static int users, energy, instant, mig, init_code, energy_code, lost, event_count, process_count;
+static int handles[2];  /* the address of one is a board */
+static int boards, users, energy, instant, mig, init_code, energy_code, lost, event_count, process_count;
 static unsigned long long throttle, ecc;
 static unsigned processes[MOST_PROCESSES];
 static Event events[MOST_EVENTS];
@@ -97,7 +100,7 @@ static int query(void) {
 static void defaults(void) {
   now_s = exact_mj = counted_mj = pending_s = 0;
   tick_s = 0.02, idle_w = 70, query_s = 0.00005;
-  energy = instant = 1;
+  energy = instant = boards = 1;
   mig = init_code = energy_code = lost = event_count = process_count = 0;
   throttle = ecc = 0;
 }
@@ -120,6 +123,7 @@ static void read_script(void) {
     if (!strcmp(name, "energy")) energy = (int)value;
     if (!strcmp(name, "instant")) instant = (int)value;
     if (!strcmp(name, "mig")) mig = (int)value;
+    if (!strcmp(name, "boards")) boards = (int)value;
     if (!strcmp(name, "init")) init_code = (int)value;
     if (!strcmp(name, "energy_error")) energy_code = (int)value;
     if (!strcmp(name, "process")) happen("process", value);
@@ -153,18 +157,21 @@ const char* nvmlErrorString(int code) {
   snprintf(text, sizeof text, "code %d", code);
   return text;
 }
-int nvmlDeviceGetCount_v2(unsigned* count) { return *count = 1, query(); }
+int nvmlDeviceGetCount_v2(unsigned* count) { return *count = (unsigned)boards, query(); }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** device) {
-  *device = &now_s;
-  return index == 0 ? query() : 2;
+  if (index >= (unsigned)boards) return 2;
+  *device = &handles[index];
+  return query();
 }
 int nvmlDeviceGetHandleByUUID(const char* uuid, void** device) {
-  *device = &now_s;
-  return strcmp(uuid, UUID) == 0 ? query() : NOT_FOUND;
+  for (int i = 0; i < boards; i++) {
+    *device = &handles[i];
+    if (!strcmp(uuid, UUIDS[i])) return query();
+  }
+  return NOT_FOUND;
 }
 int nvmlDeviceGetUUID(void* device, char* uuid, unsigned length) {
-  (void)device;
-  snprintf(uuid, length, "%s", UUID);
+  snprintf(uuid, length, "%s", UUIDS[device == &handles[1]]);
   return query();
 }
 int nvmlDeviceGetMigMode(void* device, unsigned* current, unsigned* pending) {
@@ -173,9 +180,9 @@ int nvmlDeviceGetMigMode(void* device, unsigned* current, unsigned* pending) {
   return query();
 }
 int nvmlDeviceGetTotalEnergyConsumption(void* device, unsigned long long* mj) {
-  (void)device;
   int code = query();
-  *mj = (unsigned long long)counted_mj;
+  double idle_mj = floor(now_s / tick_s) * tick_s * idle_w * 1e3;
+  *mj = (unsigned long long)(device == &handles[1] ? idle_mj : counted_mj);
   return code ? code : energy_code ? energy_code : energy ? SUCCESS : NOT_SUPPORTED;
 }
 int nvmlDeviceGetPowerUsage(void* device, unsigned* mw) {

@@ -138,6 +138,19 @@ def test_the_same_board_by_index_and_by_uuid(gpu: Any) -> None:
     assert gpu.users == 0
 
 
+def test_of_several_boards_the_one_asked_for_is_read(gpu: Any) -> None:
+    with gpu.script("boards 2") as first, gpu.open(1) as second:
+        assert first.uuid.endswith("444")
+        assert second.uuid.endswith("555")
+        with gpu.open(second.uuid) as again:
+            assert again.uuid == second.uuid
+        work = gpu.work(0.001, 300.0)  # on the first
+        energy = measure_energy(second, work, gpu.synchronize)
+        assert abs(energy.energy_j or 0.0) < 0.002  # of 0.23 J, none was drawn here
+        assert measure_energy(first, work, gpu.synchronize).energy_j == pytest.approx(0.23, rel=0.02)
+    assert gpu.users == 0
+
+
 @pytest.mark.parametrize("name", [3, "GPU-no-such"])
 def test_a_gpu_that_is_not_there_is_named(gpu: Any, name: str | int) -> None:
     with pytest.raises(GpuNotFound, match=f"there is no GPU {name}: NVML sees 1"):
@@ -165,6 +178,13 @@ def test_a_containers_own_process_is_not_foreign(gpu: Any) -> None:
     gpu._script.write_text("process 4711\nprocess 4712\n")
     with gpu.open() as board:
         assert board.state().foreign == (4712,)
+
+
+def test_a_worker_of_ours_is_not_foreign(gpu: Any) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as worker:
+        with gpu.script(f"process {worker.pid}") as board:
+            assert board.state().foreign == ()
+        worker.communicate(b"\n")
 
 
 def test_the_binding_finds_the_library_by_its_name(

@@ -44,13 +44,20 @@ def test_a_linear_layer_on_a_cpu() -> None:
     assert "no CUDA graphs" in cost.unknown["graph"]
     assert cost.peak_memory_bytes is None
     for name, value in dataclasses.asdict(cost).items():
-        if value is None and name not in ("power_w", "idle_power_w", "energy_low_j", "energy_high_j"):
+        if value is None:
             assert cost.unknown[name]
     assert json.loads(json.dumps(dataclasses.asdict(cost)))["batch"] == 3
     assert {(training, grad) for _, training, grad in SEEN} == {(False, False)}
     assert len({address for address, _, _ in SEEN}) == 8
     assert module.training
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_the_same_from_the_package() -> None:
+    import rlnas_fast as rf
+
+    cost = rf.measure(nn.Linear(4, 4), torch.zeros(2, 4), seconds=0.01, energy_seconds=0)
+    assert (cost.batch, cost.device["kind"], cost.parameters) == (2, "cpu", 20)
 
 
 def test_energy_that_was_not_asked_for_says_so() -> None:

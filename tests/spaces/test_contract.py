@@ -117,3 +117,25 @@ def test_the_seed_decides_the_weights(make: Callable[[TaskSpec], Any]) -> None:
         torch.manual_seed(7)
         answers.append(space.build(architecture, spec)(x))
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_cheapest_network_begins_with_its_prefix_and_is_no_dearer(
+    make: Callable[[TaskSpec], Any], shape: tuple[int, int, int]
+) -> None:
+    spec = TaskSpec(shape, 3)
+    space = make(spec)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        architecture = sample_uniform(space, rng)
+        for length in range(len(architecture.choices) + 1):
+            prefix = architecture.choices[:length]
+            cheapest = space.cheapest(prefix)
+            validate(space, cheapest)
+            assert cheapest.choices[:length] == prefix
+        assert space.cheapest(architecture.choices) == architecture
+        modules = [
+            sum(1 for _ in space.build(network, spec).modules())
+            for network in (space.cheapest(()), architecture)
+        ]
+        assert modules[0] <= modules[1]
