@@ -505,14 +505,9 @@ def _train_child(config: SearchConfig, space: Any, task: Any, device: str) -> se
 
 
 def _asks_for_energy(config: SearchConfig) -> bool:
-    """Whether a limit, or an option of the reward, names the energy."""
+    """Whether a limit, an objective, or an option of the reward is the energy."""
     options = config.reward.options.values() if config.reward else ()
-    objectives = getattr(config, "objective_numbers", ())
-    return "energy_j" in (
-        *config.limits,
-        *objectives,
-        *(value for value in options if isinstance(value, str)),
-    )
+    return "energy_j" in (*config.limits, *config.objective_numbers, *options)
 
 
 def _provided(evaluator: search.Evaluator) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def check_reachable(parts: Parts) -> None:
     """
     config = parts.config
     asked_ms = [("max_latency_ms", config.max_latency_ms), ("target_latency_ms", config.target_latency_ms)]
-    asked_ms += [("targets", value) for value in getattr(config, "targets", ())]
+    asked_ms += [("targets", value) for value in config.targets]
     given = [(value, name) for name, value in asked_ms if value is not None]
     measured = config.evaluator.name == "train-child" and config.meter is None
     if not (given and measured and hasattr(parts.space, "cheapest") and hasattr(parts.space, "build")):
