@@ -107,10 +107,11 @@ class LatencyTable:
     def estimate(self, prefix: tuple[int, ...]) -> Mapping[str, float]:
         """Seconds, parameters, FLOPs (of one sample) of the cheapest network that begins with ``prefix``."""
         assert self.space is not None
-        choices = self.space.cheapest(prefix).choices
-        if choices not in self._known:
-            self._known[choices] = self._estimate(choices)
-        return self._known[choices]
+        if prefix not in self._known:
+            choices = self.space.cheapest(prefix).choices
+            self._known[prefix] = self._known.get(choices) or self._estimate(choices)
+            self._known[choices] = self._known[prefix]
+        return self._known[prefix]
 
     def _estimate(self, choices: tuple[int, ...]) -> dict[str, float]:
         assert self.space is not None
