@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -28,6 +28,9 @@ from pydantic import (
 from . import search
 from .errors import ConfigError, unknown_name
 from .search import rewards
+
+if TYPE_CHECKING:
+    from .hardware.latency_table import LatencyTable
 
 COMPONENTS: dict[str, dict[str, str]] = {
     "space": {
@@ -237,7 +240,7 @@ class Parts:
     reward: search.Reward
     evaluator: search.Evaluator
     executor: search.Executor
-    cost_model: search.CostModel | None = None
+    cost_model: LatencyTable | None = None
 
 
 def read_config(settings: Mapping[str, Any], file: Path | None = None) -> SearchConfig:
