@@ -185,10 +185,11 @@ class ChainCNN:
         return depth >= self.max_depth or (depth > 0 and self._options[prefix[-1]].type == "end")
 
     def cheapest(self, prefix: tuple[int, ...]) -> Architecture:
-        """Ends as soon as it may: an empty chain after one narrow 1x1 convolution."""
+        """Ends as soon as it may: an empty chain after its first choice, one narrow convolution."""
         while not self.is_complete(prefix):
-            end = len(self._options) - 1
-            prefix += (end if self.mask(prefix)[end] else 0,)
+            mask = self.mask(prefix)
+            ends = len(prefix) >= len(self._training) and mask[-1]
+            prefix += (len(mask) - 1 if ends else int(mask.argmax()),)
         return Architecture(self.name, prefix)
 
     def canonical_key(self, architecture: Architecture) -> str:
