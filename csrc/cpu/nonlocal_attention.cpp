@@ -16,7 +16,7 @@ namespace {
 enum Kind { kSoftmax, kDotProduct, kConcatenation };  // as in rlnas_fast/ops/nonlocal_attention/cpu.py
 using Pointer = std::uintptr_t;
 using Strides = std::array<int64_t, 5>;  // batch, channel, depth, height, width
-using Pointers4 = std::array<Pointer, 4>;
+using Pointers5 = std::array<Pointer, 5>;
 using Pointers8 = std::array<Pointer, 8>;
 
 View view(Pointer data, int dtype, const Strides& s) {
@@ -45,9 +45,9 @@ BlockWeights block_weights(int dtype, const Pointers8& p) {
   return {static_cast<DType>(dtype), at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
 }
 
-BlockSaved block_saved(const Pointers4& p) {
+BlockSaved block_saved(const Pointers5& p) {
   const auto at = [&](int i) { return reinterpret_cast<float*>(p[i]); };
-  return {at(0), at(1), at(2), reinterpret_cast<uint8_t*>(p[3])};
+  return {at(0), at(1), at(2), reinterpret_cast<uint8_t*>(p[3]), at(4)};
 }
 
 }  // namespace
@@ -57,7 +57,7 @@ void register_nonlocal_attention(py::module_& module) {
       "nonlocal_block_forward",
       [](int kind, std::array<int64_t, 4> sizes, std::array<int64_t, 3> space, std::array<int64_t, 3> pool,
          bool residual, bool deterministic, int threads, int dtype, const Pointers8& weights, Pointer x,
-         Strides x_strides, Pointer z, Strides z_strides, const Pointers4& saved) {
+         Strides x_strides, Pointer z, Strides z_strides, const Pointers5& saved) {
         const py::gil_scoped_release release;
         const BlockShape shape = block_shape(sizes, space, pool, residual, deterministic, threads);
         const BlockWeights given = block_weights(dtype, weights);
@@ -72,7 +72,7 @@ void register_nonlocal_attention(py::module_& module) {
       "nonlocal_block_backward",
       [](int kind, std::array<int64_t, 4> sizes, std::array<int64_t, 3> space, std::array<int64_t, 3> pool,
          bool residual, bool deterministic, int threads, int dtype, const Pointers8& weights, Pointer x,
-         Strides x_strides, Pointer grad_z, Strides grad_z_strides, const Pointers4& saved, Pointer grad_x,
+         Strides x_strides, Pointer grad_z, Strides grad_z_strides, const Pointers5& saved, Pointer grad_x,
          Strides grad_x_strides, const Pointers8& gradients) {
         const py::gil_scoped_release release;
         const BlockShape shape = block_shape(sizes, space, pool, residual, deterministic, threads);

@@ -33,11 +33,13 @@ struct BlockWeights {
 };
 
 // What the backward needs, float32: projections [B][N][2D+E]; attention [B][N][E] and log-sum-exp [B][N] for
-// softmax, sum_j g_j phi_j^T / M [B][E][D] in place of attention for dot product; and for pooled keys the
-// winning place within each window [B][M][D+E].
+// softmax, sum_j g_j phi_j^T / M [B][E][D] in place of attention for dot product; for pooled keys the winning
+// place within each window [B][M][D+E]; and for the softmax of small float32 images the terms exp(logit -
+// maximum) [B][M][64 queries], beside which lse holds the inverse of their sums.
 struct BlockSaved {
   float *projections, *attention, *lse;
   uint8_t* winners;
+  float* terms;
 };
 
 // Gradients in float32, layouts as the weights; null where not wanted.
@@ -57,9 +59,8 @@ RLNAS_DECLARE(void block_backward(const BlockShape& shape, const BlockWeights& w
                                   const View& grad_z, const BlockSaved& saved, const View& grad_x,
                                   const BlockGradients& gradients));
 // The softmax block where the CPU multiplies bfloat16 pairs; only where it says that it serves.  That depends
-// on nothing but its arguments and the instruction set, so that forward and backward agree; `result` is z or
-// grad_x, which are laid out alike.
-RLNAS_DECLARE(bool bf16_block_serves(const BlockShape& shape, const View& x, const View& result));
+// on nothing but its arguments and the instruction set, so that forward and backward agree.
+RLNAS_DECLARE(bool bf16_block_serves(const BlockShape& shape, const View& x));
 RLNAS_DECLARE(void bf16_block_forward(const BlockShape& shape, const BlockWeights& weights, const View& x,
                                       const View& z, const BlockSaved& saved));
 RLNAS_DECLARE(void bf16_block_backward(const BlockShape& shape, const BlockWeights& weights, const View& x,

@@ -43,11 +43,13 @@ struct LoadedKeys {
 
 void block_forward(const BlockShape& shape, const BlockWeights& weights, const View& x, const View& z,
                    const BlockSaved& saved) {
-  if (bf16_block_serves(shape, x, z)) return bf16_block_forward(shape, weights, x, z, saved);
+  if (bf16_block_serves(shape, x)) return bf16_block_forward(shape, weights, x, z, saved);
   const Block k(shape, weights);
   std::vector<float> projection_panels, out_panels;
   const Right project = packed(k.projection.data(), k.C, k.L, true, projection_panels);
   const Right output = packed(k.out.data(), k.E, k.C, true, out_panels);
+  const bool small = k.N <= kSmall && (saved.terms || !saved.lse);
+  const int64_t size = small ? kSmall : kForwardTile;
   std::vector<float> shared_rows, shared_keys;
   std::vector<uint8_t> shared_winners;
   over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
@@ -77,13 +79,21 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
       share(team, blocks_of(k.M, kRowBlock),
             [&](int64_t block) { k.pool_keys(Range(block, kRowBlock, k.M), rows, pooled, winners); });
     const KeyValue keys = k.keys_of(rows, pooled);
-    share(team, blocks_of(k.N, kForwardTile), [&](int64_t tile) {
-      const Range r(tile, kForwardTile, k.N);
+    share(team, blocks_of(k.N, size), [&](int64_t tile) {
+      const Range r(tile, size, k.N);
       const Rows attention = saved.attention ? Rows{saved.attention + (b * k.N + r.first) * k.E, k.E}
-                                             : Rows{scratch<kOut>(kForwardTile * k.E), k.E};
-      attend({rows + r.first * k.L, k.L}, r.count(), k.D, k.E, keys, attention,
-             saved.lse ? saved.lse + b * k.N + r.first : nullptr);
-      const Rows to = result.target(r.first, scratch<kGradZ>(kForwardTile * k.C));
+                                             : Rows{scratch<kOut>(size * k.E), k.E};
+      const Rows query{rows + r.first * k.L, k.L};
+      float* lse = saved.lse ? saved.lse + b * k.N + r.first : nullptr;
+      if (small) {
+        float inverse[kSmall];
+        attend_small(query, k.N, k.D, k.E, keys, attention,
+                     saved.terms ? saved.terms + b * k.M * kSmall : scratch<kLogits>(k.M * kSmall),
+                     lse ? lse : inverse);
+      } else {
+        attend(query, r.count(), k.D, k.E, keys, attention, lse);
+      }
+      const Rows to = result.target(r.first, scratch<kGradZ>(size * k.C));
       Out out{to.data, to.ld, k.has_bias ? k.out_bias.data() : nullptr, 0};
       if (shape.residual) {
         const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * k.C));
@@ -99,7 +109,7 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
 
 void block_backward(const BlockShape& shape, const BlockWeights& weights, const View& x, const View& grad_z,
                     const BlockSaved& saved, const View& grad_x, const BlockGradients& gradients) {
-  if (bf16_block_serves(shape, x, grad_x))
+  if (bf16_block_serves(shape, x))
     return bf16_block_backward(shape, weights, x, grad_z, saved, grad_x, gradients);
   const Block k(shape, weights);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
@@ -135,10 +145,16 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
       const Range r(tile, kBackwardTile, N);
       const Rows grad = grad_out_image.load(r.first, r.last, scratch<kGradZ>(kRowBlock * C));
       const Rows grad_attention{scratch<kOut>(kBackwardTile * E), E};
-      gemm<Order::row_major>(r.count(), E, C, {grad.data, grad.ld}, output_back, {grad_attention.data, E});
-      attend_backward({rows + r.first * L, L}, {saved.attention + (b * N + r.first) * E, E}, grad_attention,
-                      saved.lse + b * N + r.first, r.count(), D, E, keys, {grads + r.first * L, L}, grad_keys,
-                      !apart && tile == 0);
+      const float* lse = saved.lse + b * N + r.first;
+      const Rows query{rows + r.first * L, L}, grad_query{grads + r.first * L, L};
+      gemm<Order::row_major>(r.count(), E, C, {grad.data, grad.ld}, output_back,
+                             {grad_attention.data, E, nullptr, 0, saved.terms ? lse : nullptr});
+      if (saved.terms)
+        attend_small_backward(query, grad_attention, N, D, E, keys, saved.terms + b * M * kSmall, grad_query,
+                              grad_keys, !apart);
+      else
+        attend_backward(query, {saved.attention + (b * N + r.first) * E, E}, grad_attention, lse, r.count(),
+                        D, E, keys, grad_query, grad_keys, !apart && tile == 0);
     });
     if (apart) {
       share(team, blocks_of(N, kRowBlock), [&](int64_t block) {

@@ -9,6 +9,8 @@ namespace rlnas::RLNAS_ISA {
 #ifdef __AVX512BF16__
 namespace {
 
+constexpr int64_t kMostPositions = 4096;  // of an image; a tile of queries holds the logits of all its keys
+
 typedef uint16_t Half;  // bfloat16
 typedef uint32_t Pair __attribute__((aligned(2), may_alias));
 
@@ -130,20 +132,30 @@ void pair_gemm(int64_t rows, int64_t columns, int64_t pairs, LeftPairs a, RightP
 
 LeftPairs left(const Half* data, int64_t ld) { return {reinterpret_cast<const Pair*>(data), ld / 2}; }
 LeftPairs left_of(HalfRows rows) { return left(rows.data, rows.ld); }
-RightPairs plain(const Pair* data, int64_t ld) { return {data, ld, kPanel}; }
 
 // Pairs of adjacent rows: to[r / 2][c] = (row r, row r + 1), the last one padded with 0.
-Pair* interleave(HalfRows rows, int64_t count, int64_t columns, float* buffer) {
-  Pair* to = reinterpret_cast<Pair*>(buffer);
+void interleave(HalfRows rows, int64_t count, int64_t columns, Pair* to, int64_t ld) {
   for (int64_t r = 0; r < count; r += 2)
     for (int64_t c = 0; c < columns; c += kWidth) {
       const __mmask16 mask = lanes_mask(std::min<int64_t>(kWidth, columns - c));
       const __m256i low = _mm256_maskz_loadu_epi16(mask, rows.at(r) + c);
       const __m256i high =
           _mm256_maskz_loadu_epi16(r + 1 < count ? mask : 0, rows.at(r + 1 < count ? r + 1 : r) + c);
-      _mm512_mask_storeu_epi32(to + r / 2 * columns + c, mask, paired(low, high));
+      _mm512_mask_storeu_epi32(to + r / 2 * ld + c, mask, paired(low, high));
     }
-  return to;
+}
+
+// The same as panels [panel][row / 2][kPanel] of a right operand, which a product reads line by line.
+RightPairs pair_panels(HalfRows rows, int64_t count, int64_t columns, float* buffer) {
+  Pair* to = reinterpret_cast<Pair*>(buffer);
+  const int64_t stride = blocks_of(count, 2) * kPanel;
+  for (int64_t c = 0; c < columns; c += kPanel)
+    interleave({rows.data + c, rows.ld}, count, std::min<int64_t>(kPanel, columns - c),
+               to + c / kPanel * stride, kPanel);
+  return {to, kPanel, stride};
+}
+int64_t panels_size(int64_t count, int64_t columns) {
+  return blocks_of(count, 2) * blocks_of(columns, kPanel) * kPanel;
 }
 
 // Queries in the lanes: panels [panel][channel / 2][kPanel] of pairs.
@@ -170,7 +182,7 @@ class WeightPairs {
     const HalfRows rows{halves_.data(), transposed ? depth : columns};
     narrow(weights.data(), transposed ? columns : depth, rows.ld, rows);
     right_ = transposed ? pair_lanes(rows, columns, depth, pairs_.data())
-                        : plain(interleave(rows, depth, columns, pairs_.data()), columns);
+                        : pair_panels(rows, depth, columns, pairs_.data());
   }
   RightPairs right() const { return right_; }
 
@@ -180,10 +192,43 @@ class WeightPairs {
   RightPairs right_;
 };
 
+// Whether an image's rows are whole pairs that lie in memory.
+bool in_pairs(const Image& image) { return image.rows_follow() && image.step() % 2 == 0; }
 HalfRows half_rows(const Image& image) { return {image.row<Half>(0), image.step()}; }
 
+// Rows of an image where they lie, or copied to `buffer` from any layout.
+HalfRows half_rows(const Image& image, int64_t count, int64_t columns, float* buffer) {
+  if (in_pairs(image)) return half_rows(image);
+  const HalfRows to{reinterpret_cast<Half*>(buffer), columns};
+  for (int64_t n = 0; n < count; n += kRowBlock) {
+    const int64_t some = std::min(kRowBlock, count - n);
+    narrow(image.load(n, n + some, scratch<kX>(kRowBlock * columns)).data, some, columns,
+           {to.at(n), columns});
+  }
+  return to;
+}
+
+// Where rows are to be written before `finish`.
+HalfRows half_target(const Image& image, int64_t columns, float* buffer) {
+  return in_pairs(image) ? half_rows(image) : HalfRows{reinterpret_cast<Half*>(buffer), columns};
+}
+
+void finish(const Image& image, HalfRows rows, int64_t count, int64_t columns) {
+  if (in_pairs(image)) return;
+  const Rows wide{scratch<kX>(kRowBlock * columns), columns};
+  for (int64_t n = 0; n < count; n += kRowBlock) {
+    const int64_t some = std::min(kRowBlock, count - n);
+    for (int64_t r = 0; r < some; r++)
+      for (int64_t c = 0; c < columns; c += kWidth) {
+        const int64_t left = std::min<int64_t>(kWidth, columns - c);
+        store_some(wide.at(r) + c, load_half(rows.at(n + r) + c, left), left);
+      }
+    image.finish(n, n + some, wide);
+  }
+}
+
 void attend_pairs(HalfRows query, int64_t count, int64_t D, int64_t E, HalfRows key, int64_t keys,
-                  const Pair* values, HalfRows out, float* lse) {
+                  RightPairs values, HalfRows out, float* lse) {
   constexpr int64_t T = kForwardTile;
   const int64_t lanes = blocks_of(count, kWidth) * kWidth, pairs = blocks_of(keys, 2);
   const RightPairs queries = pair_lanes(query, count, D, scratch<kQueries>(T * D));
@@ -205,13 +250,12 @@ void attend_pairs(HalfRows query, int64_t count, int64_t D, int64_t E, HalfRows 
       if (lse && n + i < count) lse[n + i] = highest[i] + std::log(total[i]);
     }
   }
-  pair_gemm<Order::depth_major>(count, E, pairs, {reinterpret_cast<const Pair*>(weights), T},
-                                plain(values, E),
+  pair_gemm<Order::depth_major>(count, E, pairs, {reinterpret_cast<const Pair*>(weights), T}, values,
                                 {nullptr, out.data, out.ld, false, nullptr, 0, nullptr, inverse});
 }
 
 void attend_backward_pairs(HalfRows query, HalfRows grad_out, const float* lse, int64_t count, int64_t D,
-                           int64_t E, HalfRows key, HalfRows value, int64_t keys, const Pair* key_pairs,
+                           int64_t E, HalfRows key, HalfRows value, int64_t keys, RightPairs key_pairs,
                            HalfRows grad_query, float* grad_key, float* grad_value) {
   constexpr int64_t T = kBackwardTile;
   const int64_t lanes = blocks_of(count, kWidth) * kWidth, pairs = blocks_of(keys, 2);
@@ -247,15 +291,14 @@ void attend_backward_pairs(HalfRows query, HalfRows grad_out, const float* lse, 
       _mm512_storeu_si512(mixed + j / 2 * T + n, paired(even, odd));
     }
   }
-  pair_gemm<Order::depth_major>(count, D, pairs, {reinterpret_cast<const Pair*>(mixed), T},
-                                plain(key_pairs, D), {nullptr, grad_query.data, grad_query.ld});
+  pair_gemm<Order::depth_major>(count, D, pairs, {reinterpret_cast<const Pair*>(mixed), T}, key_pairs,
+                                {nullptr, grad_query.data, grad_query.ld});
   const int64_t depth = blocks_of(count, 2);
-  float* buffer = scratch<kQueries>(T * D);  // the lanes of the queries are no longer needed
-  pair_gemm<Order::row_major>(keys, D, depth, left(slopes, T), plain(interleave(query, count, D, buffer), D),
+  float* buffer = scratch<kQueries>(panels_size(T, D));  // the lanes of the queries are no longer needed
+  pair_gemm<Order::row_major>(keys, D, depth, left(slopes, T), pair_panels(query, count, D, buffer),
                               {grad_key, nullptr, D, true});
-  buffer = scratch<kGradQueries>(T * E);
-  pair_gemm<Order::row_major>(keys, E, depth, left(weights, T),
-                              plain(interleave(grad_out, count, E, buffer), E),
+  buffer = scratch<kGradQueries>(panels_size(T, E));
+  pair_gemm<Order::row_major>(keys, E, depth, left(weights, T), pair_panels(grad_out, count, E, buffer),
                               {grad_value, nullptr, E, true});
 }
 
@@ -275,101 +318,125 @@ HalfRows saved_rows(float* data, int64_t b, int64_t N, int64_t columns) {
 
 }  // namespace
 
-// Even channels, rows in place, no pooling, more than one image: otherwise the float32 block converts.
-bool bf16_block_serves(const BlockShape& shape, const View& x, const View& result) {
-  const int64_t pool = shape.pool[0] * shape.pool[1] * shape.pool[2];
-  return x.dtype == DType::bfloat16 && pool == 1 && shape.batch > 1 && shape.channels % 2 == 0 &&
-         shape.inner % 2 == 0 && shape.value % 2 == 0 &&
-         shape.space[0] * shape.space[1] * shape.space[2] <= 1024 &&
-         Image(x, 0, shape.channels, shape.space).rows_follow() &&
-         Image(result, 0, shape.channels, shape.space).rows_follow();
+// Even channels and more than one image, of which a thread takes whole ones; otherwise the float32 block
+// converts.
+bool bf16_block_serves(const BlockShape& shape, const View& x) {
+  return x.dtype == DType::bfloat16 && shape.batch > 1 && shape.channels % 2 == 0 && shape.inner % 2 == 0 &&
+         shape.value % 2 == 0 && shape.space[0] * shape.space[1] * shape.space[2] <= kMostPositions;
 }
 
 void bf16_block_forward(const BlockShape& shape, const BlockWeights& given, const View& x, const View& z,
                         const BlockSaved& saved) {
   const Block k(shape, given);
-  const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N;
+  const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
   const WeightPairs project(k.projection, C, L, true), output(k.out, E, C, true);
   const float *bias = k.has_bias ? k.bias.data() : nullptr,
               *out_bias = k.has_bias ? k.out_bias.data() : nullptr;
-#pragma omp parallel for num_threads(shape.threads) schedule(dynamic, 1)
-  for (int64_t b = 0; b < shape.batch; b++) {
-    const HalfRows from = half_rows(Image(x, b, C, shape.space)), to = half_rows(Image(z, b, C, shape.space));
+  over_whole_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b) {
+    const Image image(x, b, C, shape.space), result(z, b, C, shape.space);
+    const HalfRows from = half_rows(image, N, C, scratch<kGradZ>(N * C)),
+                   to = half_target(result, C, scratch<kFree + 4>(N * C));
     const HalfRows rows = saved.projections ? saved_rows(saved.projections, b, N, L)
                                             : HalfRows{reinterpret_cast<Half*>(scratch<kFree>(N * L)), L};
     const HalfRows means = saved.attention ? saved_rows(saved.attention, b, N, E)
                                            : HalfRows{reinterpret_cast<Half*>(scratch<kOut>(N * E)), E};
-    pair_gemm<Order::row_major>(N, L, C / 2, left_of(from), project.right(),
-                                {nullptr, rows.data, L, false, nullptr, 0, bias});
-    const Pair* values = interleave({rows.data + 2 * D, L}, N, E, scratch<kFree + 1>((N + 1) / 2 * E));
+    HalfRows keys{rows.data + D, L};
+    if (k.pools()) {  // the winners are found before the rounding, which would make many of them equal
+      float *wide = scratch<kFree + 5>(N * L), *pooled = scratch<kFree + 6>(M * width);
+      keys = {reinterpret_cast<Half*>(scratch<kFree + 2>(M * width)), width};
+      uint8_t* winners = saved.winners ? saved.winners + b * M * width
+                                       : reinterpret_cast<uint8_t*>(scratch<kFree + 3>(M * width));
+      pair_gemm<Order::row_major>(N, L, C / 2, left_of(from), project.right(), {wide, nullptr, L});
+      if (bias) add_bias({wide, L}, N, L, bias);
+      narrow(wide, N, L, rows);
+      k.pool_keys({0, M, M}, wide, pooled, winners);
+      narrow(pooled, M, width, keys);
+    } else {
+      pair_gemm<Order::row_major>(N, L, C / 2, left_of(from), project.right(),
+                                  {nullptr, rows.data, L, false, nullptr, 0, bias});
+    }
+    const RightPairs values =
+        pair_panels({keys.data + D, keys.ld}, M, E, scratch<kFree + 1>(panels_size(M, E)));
     for (int64_t i = 0; i < N; i += kForwardTile) {
       const int64_t count = std::min(kForwardTile, N - i);
-      attend_pairs({rows.at(i), L}, count, D, E, {rows.data + D, L}, N, values, {means.at(i), E},
+      attend_pairs({rows.at(i), L}, count, D, E, keys, M, values, {means.at(i), E},
                    saved.lse ? saved.lse + b * N + i : nullptr);
       pair_gemm<Order::row_major>(
           count, C, E / 2, left(means.at(i), E), output.right(),
           {nullptr, to.at(i), to.ld, false, shape.residual ? from.at(i) : nullptr, from.ld, out_bias});
     }
-  }
+    finish(result, to, N, C);
+  });
 }
 
 void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, const View& x,
                          const View& grad_z, const BlockSaved& saved, const View& grad_x,
                          const BlockGradients& gradients) {
   const Block k(shape, given);
-  const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N;
+  const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
   const WeightPairs project_back(k.projection, L, C, false), output_back(k.out, C, E, false);
   WeightSums sums(k, shape.threads);
-#pragma omp parallel num_threads(shape.threads)
-  {
+  over_whole_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b) {
     float *projection = sums.part(omp_get_thread_num()), *out = projection + L * C, *bias = out + C * E;
-    share(true, shape.batch, [&](int64_t b) {
-      const HalfRows from = half_rows(Image(x, b, C, shape.space)),
-                     to = half_rows(Image(grad_x, b, C, shape.space));
-      const Image upstream(grad_z, b, C, shape.space);
-      HalfRows grad{reinterpret_cast<Half*>(scratch<kGradZ>(N * C)), C};
-      if (upstream.rows_follow())
-        grad = half_rows(upstream);
-      else
-        narrow(upstream.load(0, N, scratch<kX>(N * C)).data, N, C, grad);
-      const HalfRows rows = saved_rows(saved.projections, b, N, L),
-                     means = saved_rows(saved.attention, b, N, E);
-      const HalfRows grad_means{reinterpret_cast<Half*>(scratch<kOut>(N * E)), E};
-      const HalfRows grads{reinterpret_cast<Half*>(scratch<kFree>(N * L)), L};
-      float *grad_key = scratch<kFree + 1>(N * (D + E)), *grad_value = grad_key + N * D;
-      std::memset(grad_key, 0, sizeof(float) * N * (D + E));
-      const int64_t pairs = (N + 1) / 2;
-      const Pair* keys = interleave({rows.data + D, L}, N, D, scratch<kFree + 2>(pairs * (D + C + L)));
-      pair_gemm<Order::row_major>(N, E, C / 2, left_of(grad), output_back.right(),
-                                  {nullptr, grad_means.data, E});
-      for (int64_t i = 0; i < N; i += kBackwardTile)
-        attend_backward_pairs({rows.at(i), L}, {grad_means.at(i), E}, saved.lse + b * N + i,
-                              std::min(kBackwardTile, N - i), D, E, {rows.data + D, L},
-                              {rows.data + 2 * D, L}, N, keys, {grads.at(i), L}, grad_key, grad_value);
+    const Image image(x, b, C, shape.space), upstream(grad_z, b, C, shape.space),
+        result(grad_x, b, C, shape.space);
+    const HalfRows from = half_rows(image, N, C, scratch<kFree + 3>(N * C)),
+                   grad = half_rows(upstream, N, C, scratch<kGradZ>(N * C)),
+                   to = half_target(result, C, scratch<kFree + 4>(N * C));
+    const HalfRows rows = saved_rows(saved.projections, b, N, L),
+                   means = saved_rows(saved.attention, b, N, E);
+    const HalfRows grad_means{reinterpret_cast<Half*>(scratch<kOut>(N * E)), E};
+    const HalfRows grads{reinterpret_cast<Half*>(scratch<kFree>(N * L)), L};
+    const uint8_t* winners = saved.winners ? saved.winners + b * M * width : nullptr;
+    HalfRows keys{rows.data + D, L};
+    if (k.pools()) {
+      keys = {reinterpret_cast<Half*>(scratch<kFree + 5>(M * width)), width};
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t c = 0; c < width; c++)
+          keys.at(m)[c] = rows.at(k.position(m, winners[m * width + c]))[D + c];
+    }
+    float *grad_key = scratch<kFree + 1>(M * width), *grad_value = grad_key + M * D;
+    std::memset(grad_key, 0, sizeof(float) * M * width);
+    const int64_t pairs = (N + 1) / 2;
+    const RightPairs key_pairs = pair_panels(keys, M, D, scratch<kFree + 2>(panels_size(M, D)));
+    pair_gemm<Order::row_major>(N, E, C / 2, left_of(grad), output_back.right(),
+                                {nullptr, grad_means.data, E});
+    for (int64_t i = 0; i < N; i += kBackwardTile)
+      attend_backward_pairs({rows.at(i), L}, {grad_means.at(i), E}, saved.lse + b * N + i,
+                            std::min(kBackwardTile, N - i), D, E, keys, {keys.data + D, keys.ld}, M,
+                            key_pairs, {grads.at(i), L}, grad_key, grad_value);
+    if (k.pools()) {
+      for (int64_t n = 0; n < N; n++) std::memset(grads.at(n) + D, 0, sizeof(Half) * width);
+      narrow(grad_key, M, D, keys);  // the keys have been used
+      narrow(grad_value, M, E, {keys.data + D, keys.ld});
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t c = 0; c < width; c++)
+          grads.at(k.position(m, winners[m * width + c]))[D + c] = keys.at(m)[c];
+    } else {
       narrow(grad_key, N, D, {grads.data + D, L});
       narrow(grad_value, N, E, {grads.data + 2 * D, L});
-      pair_gemm<Order::row_major>(
-          N, C, L / 2, left_of(grads), project_back.right(),
-          {nullptr, to.data, to.ld, false, shape.residual ? grad.data : nullptr, grad.ld});
-      float* buffer = scratch<kFree + 2>(pairs * (D + C + L));
-      const Pair* x_pairs = interleave(from, N, C, buffer);
-      const Pair* grad_pairs = interleave(grads, N, L, buffer + pairs * C);
-      pair_gemm<Order::depth_major>(L, C, pairs, {grad_pairs, L}, plain(x_pairs, C),
-                                    {projection, nullptr, C, true});
-      const Pair* upstream_pairs = interleave(grad, N, C, buffer);
-      const Pair* mean_pairs = interleave(means, N, E, buffer + pairs * C);
-      pair_gemm<Order::depth_major>(C, E, pairs, {upstream_pairs, C}, plain(mean_pairs, E),
-                                    {out, nullptr, E, true});
-      if (k.has_bias) {
-        add_half_columns(grads, N, L, bias);
-        add_half_columns(grad, N, C, bias + L);
-      }
-    });
-  }
+    }
+    pair_gemm<Order::row_major>(
+        N, C, L / 2, left_of(grads), project_back.right(),
+        {nullptr, to.data, to.ld, false, shape.residual ? grad.data : nullptr, grad.ld});
+    finish(result, to, N, C);
+    Pair* lefts = reinterpret_cast<Pair*>(scratch<kFree + 5>(pairs * std::max(C, L)));
+    float* rights = scratch<kFree + 2>(panels_size(N, std::max(C, E)));
+    interleave(grads, N, L, lefts, L);
+    pair_gemm<Order::depth_major>(L, C, pairs, {lefts, L}, pair_panels(from, N, C, rights),
+                                  {projection, nullptr, C, true});
+    interleave(grad, N, C, lefts, C);
+    pair_gemm<Order::depth_major>(C, E, pairs, {lefts, C}, pair_panels(means, N, E, rights),
+                                  {out, nullptr, E, true});
+    if (k.has_bias) {
+      add_half_columns(grads, N, L, bias);
+      add_half_columns(grad, N, C, bias + L);
+    }
+  });
   sums.store(gradients);
 }
 #else
-bool bf16_block_serves(const BlockShape&, const View&, const View&) { return false; }
+bool bf16_block_serves(const BlockShape&, const View&) { return false; }
 void bf16_block_forward(const BlockShape&, const BlockWeights&, const View&, const View&, const BlockSaved&) {
 }
 void bf16_block_backward(const BlockShape&, const BlockWeights&, const View&, const View&, const BlockSaved&,

@@ -27,14 +27,35 @@ void share(bool team, int64_t count, F task) {
   for (int64_t i = 0; i < count; i++) task(i);
 }
 
-// Runs task(image, team) for every image.  Static schedules make sums over threads reproducible.
+// The schedule of `share` as long as this lives.  Static ones make sums over threads reproducible.
+class Schedule {
+ public:
+  explicit Schedule(bool deterministic) {
+    omp_get_schedule(&kind_, &chunk_);
+    omp_set_schedule(deterministic ? omp_sched_static : omp_sched_dynamic, 1);
+  }
+  ~Schedule() { omp_set_schedule(kind_, chunk_); }
+  Schedule(const Schedule&) = delete;
+  Schedule& operator=(const Schedule&) = delete;
+
+ private:
+  omp_sched_t kind_;
+  int chunk_;
+};
+
+// Runs task(image) for every image, each on one thread.
+template <class F>
+void over_whole_images(int64_t batch, int threads, bool deterministic, F task) {
+  const Schedule schedule(deterministic);
+#pragma omp parallel num_threads(threads)
+  share(true, batch, task);
+}
+
+// Runs task(image, team) for every image.
 template <class F>
 void over_images(int64_t batch, int threads, bool deterministic, F task) {
   const bool team = threads > 1 && batch % threads != 0 && batch < 4 * threads;
-  omp_sched_t kind;
-  int chunk;
-  omp_get_schedule(&kind, &chunk);
-  omp_set_schedule(deterministic ? omp_sched_static : omp_sched_dynamic, 1);
+  const Schedule schedule(deterministic);
 #pragma omp parallel num_threads(threads)
   {
     if (team)
@@ -42,7 +63,6 @@ void over_images(int64_t batch, int threads, bool deterministic, F task) {
     else
       share(true, batch, [&](int64_t b) { task(b, false); });
   }
-  omp_set_schedule(kind, chunk);
 }
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -196,8 +216,14 @@ class WeightSums {
   }
 
   void store(const BlockGradients& to) {
-    for (size_t part = 1; part < parts_.size(); part++)
-      for (size_t i = 0; i < size(); i++) parts_[0][i] += parts_[part][i];
+    const int64_t count = size(), block = 4096;
+#pragma omp parallel for num_threads(parts_.size()) if (count > 16 * block)
+    for (int64_t first = 0; first < count; first += block) {
+      const int64_t last = std::min(first + block, count);
+      float* total = parts_[0].data();
+      for (size_t part = 1; part < parts_.size(); part++)
+        for (int64_t i = first; i < last; i++) total[i] += parts_[part][i];
+    }
     const float* from = parts_[0].data();
     const auto take = [&](float* target, int64_t count) {
       if (target) std::memcpy(target, from, sizeof(float) * count);

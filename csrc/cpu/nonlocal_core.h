@@ -13,6 +13,7 @@ namespace rlnas::RLNAS_ISA {
 // and sum are vertical, no key is padded, and P^T is in the order that the next product broadcasts from.
 constexpr int64_t kForwardTile = 32, kBackwardTile = 64;  // queries; multiples of every kPanel
 constexpr int64_t kKeyBlock = 512;                        // keys whose logits are held at once
+constexpr int64_t kSmall = 64;  // an image of at most so many positions is one tile, whose softmax is kept
 
 enum Slot { kQueries, kLogits, kGradQueries, kGradLogits, kOut, kX, kGradZ, kFree };
 
@@ -127,12 +128,15 @@ static inline void attend_backward(Rows query, Rows out, Rows grad_out, const fl
         mass += part_mass;
         mean += part_mean;
       }
-      // The rounding of lse cancels out of this quotient, so that the gradients of a row's logits sum to 0.
+      // The rounding of lse cancels out of these quotients, so that the gradients of a row's logits sum to 0.
       const Vec lane_delta = whole ? mean / mass : load(delta + n);
+      const Vec correction = whole ? 1.0f / mass : broadcast(1.0f);
 #pragma GCC unroll 4
       for (int64_t k = 0; k < some; k++) {
-        float* grad = grads + k * T + n;
-        store(grad, load(weights + k * T + n) * (load(grad) - lane_delta));
+        float *grad = grads + k * T + n, *weight = weights + k * T + n;
+        const Vec p = load(weight) * correction;
+        store(weight, p);
+        store(grad, p * (load(grad) - lane_delta));
       }
     }
     gemm<Order::depth_major>(
@@ -145,6 +149,68 @@ static inline void attend_backward(Rows query, Rows out, Rows grad_out, const fl
         some, value, count, {weights, T}, {grad_out.data, grad_out.ld},
         {grad_value, grad_keys.value.ld, first ? nullptr : grad_value, grad_keys.value.ld});
   }
+}
+
+// All queries of a small image at once.  Fills terms [keys][kSmall], exp(logit - maximum), and the inverse of
+// their sums; the mean of the values is the product of the two.
+static inline void attend_small(Rows query, int64_t count, int64_t inner, int64_t value, const KeyValue& keys,
+                                Rows out, float* terms, float* inverse) {
+  const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
+  const Right queries = lanes_from(query, count, inner, scratch<kQueries>(kSmall * inner));
+  gemm<Order::row_major>(keys.count, lanes, inner, {keys.key.data, keys.key.ld}, queries, {terms, kSmall});
+  for (int64_t n = 0; n < lanes; n += kWidth) {
+    Vec highest = load(terms + n), total = {};
+    for (int64_t j = 1; j < keys.count; j++) highest = maximum(highest, load(terms + j * kSmall + n));
+    for (int64_t j = 0; j < keys.count;) {
+      Vec part = {};
+      for (const int64_t end = std::min(keys.count, j + 32); j < end; j++) {
+        const Vec e = exponential(load(terms + j * kSmall + n) - highest);
+        store(terms + j * kSmall + n, e);
+        part += e;
+      }
+      total += part;
+    }
+    store_some(inverse + n, 1.0f / total, std::min<int64_t>(kWidth, count - n));
+  }
+  gemm<Order::depth_major>(count, value, keys.count, {terms, kSmall}, {keys.value.data, keys.value.ld},
+                           {out.data, out.ld, nullptr, 0, inverse});
+}
+
+// `scaled` is the gradient of the mean times the inverse sums, so that the terms stand for the softmax.
+static inline void attend_small_backward(Rows query, Rows scaled, int64_t count, int64_t inner, int64_t value,
+                                         const KeyValue& keys, const float* terms, Rows grad_query,
+                                         const KeyValue& grad_keys, bool first) {
+  const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
+  const Right upstream = lanes_from(scaled, count, value, scratch<kGradQueries>(kSmall * value));
+  float* grads = scratch<kGradLogits>(kSmall * kSmall);
+  gemm<Order::row_major>(keys.count, lanes, value, {keys.value.data, keys.value.ld}, upstream,
+                         {grads, kSmall});
+  for (int64_t n = 0; n < lanes; n += kWidth) {
+    Vec mass = {}, mean = {};
+    for (int64_t j = 0; j < keys.count;) {
+      Vec part_mass = {}, part_mean = {};
+      for (const int64_t end = std::min(keys.count, j + 32); j < end; j++) {
+        const Vec e = load(terms + j * kSmall + n);
+        part_mass += e;
+        part_mean += e * load(grads + j * kSmall + n);
+      }
+      mass += part_mass;
+      mean += part_mean;
+    }
+    const Vec delta = mean / mass;  // as in attend_backward
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < keys.count; j++) {
+      float* grad = grads + j * kSmall + n;
+      store(grad, load(terms + j * kSmall + n) * (load(grad) - delta));
+    }
+  }
+  gemm<Order::depth_major>(count, inner, keys.count, {grads, kSmall}, {keys.key.data, keys.key.ld},
+                           {grad_query.data, grad_query.ld});
+  const auto add_to = [first](Rows to) { return Out{to.data, to.ld, first ? nullptr : to.data, to.ld}; };
+  gemm<Order::row_major>(keys.count, inner, count, {grads, kSmall}, {query.data, query.ld},
+                         add_to(grad_keys.key));
+  gemm<Order::row_major>(keys.count, value, count, {terms, kSmall}, {scaled.data, scaled.ld},
+                         add_to(grad_keys.value));
 }
 
 }  // namespace rlnas::RLNAS_ISA

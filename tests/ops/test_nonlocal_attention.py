@@ -188,14 +188,36 @@ def test_block_in_half_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["without bias", "with bias"])
-def test_bfloat16_channels_last_on_every_instruction_set(isa: str, bias: bool) -> None:
-    for shape, inner, value in [((2, 32, 7, 7), 16, 16), ((3, 20, 9, 5), 10, 12), ((2, 64, 14, 14), 32, 32)]:
-        x, weights = block_operands((shape, inner, value, 1), torch.bfloat16, bias)
-        check_block(laid_out(x, "channels last"), weights, 1)
-        check_block(laid_out(x, "channels last"), weights, 1, residual=False)
-        wide = torch.full((*shape[:3], shape[3] + 1), torch.nan, dtype=torch.bfloat16)
-        wide = wide.to(memory_format=torch.channels_last)
-        check_block(wide[..., 1:].copy_(x), weights, 1)
+def test_bfloat16_on_every_instruction_set(isa: str, bias: bool) -> None:
+    for case in [((2, 32, 7, 7), 16, 16, 1), ((3, 20, 9, 5), 10, 12, 2), ((2, 64, 14, 14), 32, 32, (2, 1))]:
+        x, weights = block_operands(case, torch.bfloat16, bias)
+        last = laid_out(x, "channels last")
+        check_block(last, weights, case[3])
+        check_block(x, weights, case[3])
+        check_block(last, weights, case[3], residual=False)
+        batch, channels, height, width = x.shape
+        views = [
+            ((batch, channels, height, width + 1), (..., slice(1, None))),
+            ((batch, channels + 1, height, width), (slice(None), slice(1, None))),
+        ]
+        for shape, inside in views:
+            wide = torch.full(shape, torch.nan, dtype=x.dtype).to(memory_format=torch.channels_last)
+            check_block(wide[inside].copy_(x), weights, case[3])
+
+
+def test_call_by_call_other_layouts_and_settings() -> None:
+    """What is remembered of one call does not leak into the next."""
+    for case in [*BLOCKS[:3], *BLOCKS[:3]]:
+        for dtype, layout in itertools.product((torch.float32, torch.bfloat16), ("channels first", "sliced")):
+            x, weights = block_operands(case, dtype)
+            check_block(laid_out(x, layout), weights, case[3])
+            check_block(laid_out(x, layout), weights, case[3], residual=False)
+    x, weights = block_operands(BLOCKS[0], torch.float32)
+    nonlocal_block(x, *weights[:4])
+    with pytest.raises(KernelUnavailable):
+        nonlocal_block(x, *weights[:4], backend="triton")
+    with pytest.raises(ShapeError, match="the bias of theta"):
+        nonlocal_block(x, *weights[:4], biases=(weights[0], None, None, None))
 
 
 @pytest.mark.parametrize("kind", ["dot_product", "concatenation"])
@@ -404,9 +426,11 @@ def test_empty_batch_of_the_block() -> None:
     assert all(not gradient.any() for gradient in gradients)
 
 
-def test_deterministic_run_to_run() -> None:
-    x, weights = block_operands(((3, 16, 12, 12), 8, 8, 1), torch.float32)
-    grad = torch.randn(x.shape)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 16, 12, 12), (16, 16, 7, 7)], ids=str)
+def test_deterministic_run_to_run(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weights = block_operands((shape, 8, 8, 1), dtype)
+    grad = torch.randn(x.shape).to(dtype)
     torch.use_deterministic_algorithms(True)
     try:
         runs = [

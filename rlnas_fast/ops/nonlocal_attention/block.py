@@ -30,6 +30,7 @@ from rlnas_fast.ops.triton_launch import dot_precision
 
 __all__ = ["nonlocal_block"]
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 LARGEST_FUSED_DOT = 128  # channels; beyond them the products of a library fill a GPU, unless keys are pooled
 LARGEST_WINDOW = 255  # the place within a pooling window is kept in 8 bits
 Biases = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -84,6 +85,12 @@ def nonlocal_block(
         x, theta, phi, g, out, pair, *casted = _autocast(x, theta, phi, g, out, pair, *biases)
         biases = (casted[0], casted[1], casted[2], casted[3])
     tensors = (x, theta, phi, g, out, *biases)
+    key = None
+    if pair is None and backend in ("auto", "cpu") and not torch.compiler.is_compiling() and _plain(tensors):
+        window = tuple(pool) if isinstance(pool, list) else pool
+        key = backend, *cpu.block_key(kind, tensors, window, residual)
+        if (known := cpu.known_call(key)) is not None:
+            return _direct(known, tensors)
     wanted = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad for each in (*tensors, pair)
     )
@@ -102,6 +109,8 @@ def nonlocal_block(
         biases, pair = (theta_bias, phi_bias, *biases[2:]), None
     if route == "fused":
         operands = (x, theta, phi, g, out, *biases)
+        if key is not None:
+            return _direct(cpu.block_call(key, kind, operands, windows, residual), operands)
         if wanted:
             z: torch.Tensor = _Block.apply(windows, residual, kind, *operands)
             return z
@@ -131,6 +140,41 @@ class _Block(torch.autograd.Function):
         tensors, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
         present = iter(_backward_op(grad_z, *tensors, list(saved), *ctx.settings))
         return (None, None, None, *(None if tensor is None else next(present) for tensor in tensors))
+
+
+class _DirectBlock(torch.autograd.Function):
+    """_Block without the dispatcher, which would take longer than the products of a small image."""
+
+    @staticmethod
+    def forward(ctx: Any, call: cpu.BlockCall, *tensors: torch.Tensor | None) -> torch.Tensor:
+        z, saved = call.forward(tensors, True)
+        ctx.save_for_backward(*tensors, saved)
+        ctx.call = call
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *tensors, saved = ctx.saved_tensors
+        return None, *ctx.call.backward(grad_z, tensors, saved)
+
+
+def _plain(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Says whether addresses may be taken at once: CPU tensors that nobody traces, counts or imitates."""
+    return (
+        not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and all(each is None or (type(each) in PLAIN and each.is_cpu) for each in tensors)
+    )
+
+
+def _direct(call: cpu.BlockCall, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    if torch.is_grad_enabled():
+        for each in tensors:
+            if each is not None and each.requires_grad:
+                z: torch.Tensor = _DirectBlock.apply(call, *tensors)
+                return z
+    return call.forward(tensors, False)[0]
 
 
 def _composed(
@@ -390,28 +434,31 @@ def _split(
     return tensors[0], tensors[1:5], (first, second, third, fourth), tensors[9:]
 
 
+def _call_of(tensors: tuple[Any, ...], windows: list[int], residual: bool, kind: str) -> cpu.BlockCall:
+    key = cpu.block_key(kind, tensors, tuple(windows), residual)
+    return cpu.block_call(key, kind, tensors, windows, residual)
+
+
 def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     x, weights, biases, (windows, residual, save, kind) = _split(arguments)
-    saved: tuple[torch.Tensor | None, ...] | None
     if x.device.type == "cpu":
-        z, saved = cpu.block_forward(kind, x, weights, biases, windows, residual, save)
-    else:
-        from rlnas_fast.ops.nonlocal_attention import triton_block, triton_dot
+        call = _call_of(arguments[:9], windows, residual, kind)
+        z, kept = call.forward(arguments[:9], save, clean=True)  # a compiler may compare runs
+        return z, [] if kept is None else [kept]
+    from rlnas_fast.ops.nonlocal_attention import triton_block, triton_dot
 
-        given = triton_block.Projections._make((*weights, *biases))
-        if kind == "dot_product":
-            return triton_dot.block_forward(x, given, pool=tuple(windows), residual=residual), []
-        z, saved = triton_block.block_forward(x, given, pool=tuple(windows), residual=residual, save=save)
+    given = triton_block.Projections._make((*weights, *biases))
+    if kind == "dot_product":
+        return triton_dot.block_forward(x, given, pool=tuple(windows), residual=residual), []
+    z, saved = triton_block.block_forward(x, given, pool=tuple(windows), residual=residual, save=save)
     return z, [tensor for tensor in saved or () if tensor is not None]
 
 
 def _backward(grad_z: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     x, weights, biases, (saved, windows, residual, kind) = _split(arguments)
     if x.device.type == "cpu":
-        grad_x, grad_weights, grad_biases = cpu.block_backward(
-            kind, grad_z, x, weights, biases, cpu.Saved(*saved), windows, residual
-        )
-        return [grad_x, *grad_weights, *(grad for grad in grad_biases if grad is not None)]
+        call = _call_of(arguments[:9], windows, residual, kind)
+        return [each for each in call.backward(grad_z, arguments[:9], saved[0]) if each is not None]
     from rlnas_fast.ops.nonlocal_attention import triton_block
 
     grad_x, gradients = triton_block.block_backward(
@@ -432,7 +479,8 @@ def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     if not save:
         return z, []
     if x.device.type == "cpu":
-        return z, list(cpu.empty_saved(kind, x, weights, windows))
+        size = cpu.saved_size(kind, x.shape, x.dtype, weights[0].shape[0], weights[2].shape[0], windows)
+        return z, [x.new_empty(size, dtype=torch.float32)]
     batch, space = x.shape[0], x.shape[2:]
     inner, width, positions = weights[0].shape[0], weights[2].shape[0], math.prod(space)
     keys = math.prod(size // window for size, window in zip(space, windows, strict=True))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 
@@ -12,28 +13,22 @@ from rlnas_fast.errors import KernelUnavailable
 from rlnas_fast.ops import native
 
 __all__ = [
-    "Saved",
+    "BlockCall",
     "attention_backward",
     "attention_forward",
-    "block_backward",
-    "block_forward",
+    "block_call",
+    "block_key",
+    "known_call",
     "like_queries",
+    "saved_size",
     "unavailable_reason",
 ]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"embedded_gaussian": 0, "dot_product": 1, "concatenation": 2}  # with a fused block
-Weights = tuple[torch.Tensor, ...]  # theta, phi, g, out
-Biases = tuple[torch.Tensor | None, ...]
-
-
-class Saved(NamedTuple):
-    """What the block's backward needs, float32: see ``BlockSaved`` in csrc/cpu/nonlocal_attention.h."""
-
-    projections: torch.Tensor
-    attention: torch.Tensor
-    lse: torch.Tensor
-    winners: torch.Tensor
+SMALL = 64  # most positions of an image whose softmax is kept for the backward, as kSmall in nonlocal_core.h
+MOST_CALLS = 4096  # layouts remembered
+Tensors = Sequence[torch.Tensor | None]  # x, theta, phi, g, out and their biases
 
 
 def unavailable_reason() -> str | None:
@@ -99,94 +94,156 @@ def _attention_sizes(theta: torch.Tensor, g: torch.Tensor) -> tuple[int, ...]:
     return theta.shape[0], theta.shape[2], g.shape[2], theta.shape[1], g.shape[1]
 
 
-def block_forward(
-    kind: str, x: torch.Tensor, weights: Weights, biases: Biases, pool: list[int], residual: bool, save: bool
-) -> tuple[torch.Tensor, Saved | None]:
-    """The whole block of one of KINDS, and what its backward needs if ``save``."""
-    z = torch.empty_like(x)
-    saved = empty_saved(kind, x, weights, pool) if save else None
-    native.cpu().nonlocal_block_forward(
-        *_block_arguments(kind, x, weights, biases, pool, residual),
-        x.data_ptr(),
-        _strides(x),
-        z.data_ptr(),
-        _strides(z),
-        _pointers(saved or (None,) * 4),
-    )
-    return z, saved
+class BlockCall:
+    """A fused block for tensors of one layout: sizes, strides and offsets are worked out once.
+
+    One of KINDS; x [B, C, *space] of any strides, contiguous weights and biases of its dtype, as in
+    ``nonlocal_block``.  A call then costs the host only its allocations and addresses.
+    """
+
+    def __init__(self, kind: str, tensors: Tensors, pool: Sequence[int], residual: bool) -> None:
+        x, theta, _, g = tensors[:4]
+        assert x is not None
+        assert theta is not None
+        assert g is not None
+        missing = 5 - x.dim()
+        self._kernels = native.cpu()
+        self._shape = (
+            KINDS[kind],
+            (x.shape[0], x.shape[1], theta.shape[0], g.shape[0]),
+            (1,) * missing + tuple(x.shape[2:]),
+            (1,) * missing + tuple(pool),
+            residual,
+        )
+        self._dtype = DTYPES[x.dtype]
+        self._x_strides = _strides(x)
+        self._z_strides = _strides(torch.empty_like(x, device="meta"))
+        counts = _saved_counts(kind, x.shape, x.dtype, theta.shape[0], g.shape[0], pool)
+        ends = list(itertools.accumulate(_rounded(count) for count in counts))
+        self._saved = ends[-1]
+        self._offsets = [
+            4 * (end - _rounded(count)) if count else None for end, count in zip(ends, counts, strict=True)
+        ]
+
+    def forward(
+        self, tensors: Tensors, save: bool, clean: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns z and, if ``save``, what the backward needs; gaps within it are 0 if ``clean``."""
+        x, pointers = _addresses(tensors)
+        z = torch.empty_like(x)
+        make = x.new_zeros if clean else x.new_empty
+        saved = make(self._saved, dtype=torch.float32) if save else None
+        self._kernels.nonlocal_block_forward(
+            *self._shape,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_num_threads(),
+            self._dtype,
+            pointers,
+            x.data_ptr(),
+            self._x_strides,
+            z.data_ptr(),
+            self._z_strides,
+            self._places(saved),
+        )
+        return z, saved
+
+    def backward(
+        self, grad_z: torch.Tensor, tensors: Tensors, saved: torch.Tensor
+    ) -> list[torch.Tensor | None]:
+        """Gradients to x, to the weights and, where there are biases, to them."""
+        x, pointers = _addresses(tensors)
+        grad_x = torch.empty_like(x)
+        grads = [
+            None if each is None else torch.empty_like(each, dtype=torch.float32) for each in tensors[1:]
+        ]
+        self._kernels.nonlocal_block_backward(
+            *self._shape,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_num_threads(),
+            self._dtype,
+            pointers,
+            x.data_ptr(),
+            self._x_strides,
+            grad_z.data_ptr(),
+            _strides(grad_z),
+            self._places(saved),
+            grad_x.data_ptr(),
+            self._z_strides,
+            [0 if grad is None else grad.data_ptr() for grad in grads],
+        )
+        if self._dtype:
+            grads = [None if grad is None else grad.to(x.dtype) for grad in grads]
+        return [grad_x, *grads]
+
+    def _places(self, saved: torch.Tensor | None) -> list[int]:
+        """Addresses of the parts of what is saved; 0 for what is absent."""
+        if saved is None or self._saved == 0:
+            return [0] * len(self._offsets)
+        start = saved.data_ptr()
+        return [0 if offset is None else start + offset for offset in self._offsets]
 
 
-def block_backward(
-    kind: str,
-    grad_z: torch.Tensor,
-    x: torch.Tensor,
-    weights: Weights,
-    biases: Biases,
-    saved: Saved,
-    pool: list[int],
-    residual: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
-    """Gradients to x, to the four weights and, where there are biases, to them."""
-    grad_x = torch.empty_like(x)
-    grad_weights = [torch.empty_like(weight, dtype=torch.float32) for weight in weights]
-    grad_biases = [None if bias is None else torch.empty_like(bias, dtype=torch.float32) for bias in biases]
-    native.cpu().nonlocal_block_backward(
-        *_block_arguments(kind, x, weights, biases, pool, residual),
-        x.data_ptr(),
-        _strides(x),
-        grad_z.data_ptr(),
-        _strides(grad_z),
-        _pointers(saved),
-        grad_x.data_ptr(),
-        _strides(grad_x),
-        _pointers((*grad_weights, *grad_biases)),
-    )
-    if x.dtype != torch.float32:
-        grad_weights = [grad.to(x.dtype) for grad in grad_weights]
-        grad_biases = [None if grad is None else grad.to(x.dtype) for grad in grad_biases]
-    return grad_x, grad_weights, grad_biases
+_calls: dict[Hashable, BlockCall] = {}
 
 
-def empty_saved(kind: str, x: torch.Tensor, weights: Weights, pool: list[int]) -> Saved:
-    """Allocates what the forward fills for the backward."""
-    batch, space = x.shape[0], x.shape[2:]
-    inner, value = weights[0].shape[0], weights[2].shape[0]
-    positions = math.prod(space)
-    keys = math.prod(size // window for size, window in zip(space, pool, strict=True))
-    attention = (batch, value, inner) if kind == "dot_product" else (batch, positions, value)
-    rows_with_lse = positions if kind == "embedded_gaussian" else 0
-    pooled = keys if any(window > 1 for window in pool) else 0
-    return Saved(
-        x.new_empty((batch, positions, 2 * inner + value), dtype=torch.float32),
-        x.new_empty(attention, dtype=torch.float32),
-        x.new_empty((batch, rows_with_lse), dtype=torch.float32),
-        x.new_empty((batch, pooled, inner + value), dtype=torch.uint8),
-    )
+def block_key(kind: str, tensors: Tensors, pool: object, residual: bool) -> tuple[Any, ...]:
+    """What a BlockCall depends on."""
+    layouts = [None if each is None else (each.shape, each.stride(), each.dtype) for each in tensors]
+    return kind, pool, residual, *layouts
 
 
-def _pointers(tensors: Sequence[torch.Tensor | None]) -> list[int]:
-    """Addresses; 0 for what is absent or empty."""
-    return [0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr() for tensor in tensors]
+def known_call(key: Hashable) -> BlockCall | None:
+    """The call that ``block_call`` remembers under this key."""
+    return _calls.get(key)
 
 
-def _block_arguments(
-    kind: str, x: torch.Tensor, weights: Weights, biases: Biases, pool: list[int], residual: bool
-) -> tuple[object, ...]:
-    theta, _, g, _ = weights
-    missing = 5 - x.dim()
+def block_call(key: Hashable, kind: str, tensors: Tensors, pool: Sequence[int], residual: bool) -> BlockCall:
+    """Returns the call for these tensors and remembers it under the key."""
+    call = _calls.get(key)
+    if call is None:
+        if len(_calls) >= MOST_CALLS:
+            _calls.clear()
+        call = _calls[key] = BlockCall(kind, tensors, pool, residual)
+    return call
+
+
+def saved_size(
+    kind: str, shape: Sequence[int], dtype: torch.dtype, inner: int, value: int, pool: Sequence[int]
+) -> int:
+    """Number of float32 that the forward keeps for the backward of x of this shape."""
+    return sum(_rounded(count) for count in _saved_counts(kind, shape, dtype, inner, value, pool))
+
+
+def _saved_counts(
+    kind: str, shape: Sequence[int], dtype: torch.dtype, inner: int, value: int, pool: Sequence[int]
+) -> tuple[int, ...]:
+    """Numbers of float32 of each part of ``BlockSaved`` in csrc/cpu/nonlocal_attention.h."""
+    batch, positions = shape[0], math.prod(shape[2:])
+    keys = math.prod(size // window for size, window in zip(shape[2:], pool, strict=True))
+    softmax = kind == "embedded_gaussian"
+    small = softmax and dtype == torch.float32 and positions <= SMALL
+    pooled = any(window > 1 for window in pool)
     return (
-        KINDS[kind],
-        (x.shape[0], x.shape[1], theta.shape[0], g.shape[0]),
-        (1,) * missing + tuple(x.shape[2:]),
-        (1,) * missing + tuple(pool),
-        residual,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_num_threads(),
-        DTYPES[x.dtype],
-        _pointers((*weights, *biases)),
+        batch * positions * (2 * inner + value),
+        batch * (value * inner if kind == "dot_product" else positions * value),
+        batch * positions if softmax else 0,
+        (batch * keys * (inner + value) + 3) // 4 if pooled else 0,  # bytes
+        batch * keys * SMALL if small else 0,
     )
+
+
+def _rounded(count: int) -> int:
+    """Whole cache lines of float32."""
+    return (count + 15) // 16 * 16
+
+
+def _addresses(tensors: Tensors) -> tuple[torch.Tensor, list[int]]:
+    """The first tensor, and where the others lie; 0 for what is absent."""
+    x, *others = tensors
+    assert x is not None
+    return x, [0 if each is None else each.data_ptr() for each in others]
 
 
 def _strides(x: torch.Tensor) -> tuple[int, ...]:
     strides = x.stride()
-    return (*strides[:2], *(0,) * (5 - x.dim()), *strides[2:])
+    return (*strides[:2], *(0,) * (5 - len(strides)), *strides[2:])
