@@ -4,9 +4,9 @@ Targets: NAS-Bench-201, the reward from one seed's CIFAR-100 accuracy, the pick 
 among those at or under the target) scored by the seed mean; targets at the 30th and 50th percentile of
 latency over the cells that are connected; 500 distinct evaluations, 40 seeds, against regularised evolution
 under the same constraint (feasible first; population 50 and sample 10, the best of seven settings with other
-costs and CIFAR-10).  REINFORCE and PPO stand beside them with fewer seeds.  Fronts: the hypervolume of accuracy
-and latency after 300 distinct evaluations against NSGA-II, both scaled from the worst to the best of the table.
-Differences are paired by seed, intervals of 95 %.
+costs and CIFAR-10).  Fronts:
+the hypervolume of accuracy and latency after 300 distinct evaluations against NSGA-II, both scaled from the
+worst to the best of the table.  Differences are paired by seed, intervals of 95 %.
 
 Needs ``RLNAS_DATA_DIR``.  Interrupted, it goes on where it was if ``RLNAS_CELLS_DIR`` names a folder.
 """

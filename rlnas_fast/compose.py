@@ -6,6 +6,7 @@ options are checked against the signature of what the name stands for.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import sys
@@ -66,6 +67,10 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "sb3:ppo": "rlnas_fast.strategies.sb3:ppo",
         "sb3:a2c": "rlnas_fast.strategies.sb3:a2c",
         "sb3:dqn": "rlnas_fast.strategies.sb3:dqn",
+    },
+    "exploration": {
+        "curriculum": "rlnas_fast.strategies.curriculum:Curriculum",
+        "bandit": "rlnas_fast.strategies.bandit_exploration:BanditExploration",
     },
     "reward": {
         "accuracy": "rlnas_fast.search.rewards:accuracy",
@@ -147,7 +152,8 @@ class SearchConfig(BaseModel):
 
     space: Named = Component(name="chain-cnn")
     task: Named = Component(name="digits")
-    strategy: Named = Component(name="reinforce")
+    strategy: Named = Component(name="model-based")
+    exploration: Named | None = None  # what surrounds the strategy; policies have options of their own
     # adaptive with targets, hypervolume-gain with objectives, else soft or, without latency, accuracy
     reward: Named | None = None
     evaluator: Named = Component(name="train-child")
@@ -277,7 +283,7 @@ def build(config: SearchConfig, objects: Mapping[str, Any] | None = None) -> Par
     task_spec = TABLE_SPEC if task is None else task.spec
     space = _part("space", given, config.space, task_spec)
     config = _with_goal_defaults(config, given)
-    strategy = _part("strategy", given, _with_objectives("strategy", config), space, seed=config.seed)
+    strategy = _strategy(config, given, space)
     if config.targets and not getattr(strategy, "conditioned", False):
         raise ConfigError(
             f"targets = {', '.join(f'{t:g}' for t in config.targets)}: strategy {config.strategy.name!r} "
@@ -352,6 +358,9 @@ def check_options(
     checked = {}
     for name, value in options.items():
         if name not in known:
+            takers = _takers(owner, name)
+            if takers:
+                raise ConfigError(f"{owner} has no {name!r}; these have: {', '.join(takers)}")
             raise (
                 unknown_name(f"option of {owner}:", name, known)
                 if known
@@ -367,6 +376,16 @@ def check_options(
             f"{owner} needs the option {missing[0]!r}: give it with --set {owner.split()[0]}.{missing[0]}=..."
         )
     return checked
+
+
+def _takers(owner: str, option: str) -> list[str]:
+    """The components of the owner's kind that take an option which the owner does not."""
+    kind, takers = owner.split()[0], []
+    for name in COMPONENTS.get(kind, {}):
+        with contextlib.suppress(ConfigError):  # it cannot be imported here
+            if option in options_of(find(kind, name)):
+                takers.append(name)
+    return takers
 
 
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
@@ -411,6 +430,25 @@ def _is_made(kind: str, value: Any) -> bool:
 
 def _members(protocol: type) -> list[str]:
     return sorted(name for name in vars(protocol) if not name.startswith("_"))
+
+
+def _strategy(config: SearchConfig, given: Mapping[str, Any], space: search.SearchSpace) -> search.Strategy:
+    """The strategy, within the exploration if there is one."""
+
+    def inner(part_of: search.SearchSpace) -> search.Strategy:
+        component = _with_objectives("strategy", config)
+        made: search.Strategy = _part("strategy", given, component, part_of, seed=config.seed)
+        return made
+
+    if config.exploration is None:
+        return inner(space)
+    if "strategy" in given and _is_made("strategy", given["strategy"]):
+        raise ConfigError(
+            f"exploration {config.exploration.name!r} needs a strategy that can be made for it: give a "
+            "class or a name, not an object"
+        )
+    explored: search.Strategy = make("exploration", config.exploration, space, inner, seed=config.seed)
+    return explored
 
 
 def _reward(config: SearchConfig, given: Mapping[str, Any]) -> search.Reward:

@@ -6,6 +6,7 @@ import pytest
 from rlnas_fast import compose
 from rlnas_fast.compose import Component, SearchConfig, check_options, find, read_config
 from rlnas_fast.errors import ConfigError
+from rlnas_fast.search import SearchContext
 
 
 def test_later_sources_win_and_short_names_mean_tables(tmp_path: Path) -> None:
@@ -143,3 +144,49 @@ def write_table(file: Path) -> Path:
         file, choices=choices, mean_acc=90 + rng.random(len(choices)), latency=1 + rng.random(len(choices))
     )
     return file
+
+
+def table_search(tmp_path: Path, **settings: object) -> SearchConfig:
+    """A search of a table, which needs neither data nor training."""
+    cells = np.indices((5,) * 6).reshape(6, -1).T
+    np.savez(tmp_path / "table.npz", ops=cells, valid=np.arange(len(cells)))
+    options = {"name": "tabular", "data": str(tmp_path / "table.npz"), "reward_column": "valid"}
+    return read_config({"space": "cell-201", "evaluator": options, **settings})
+
+
+def test_an_exploration_surrounds_the_strategy(tmp_path: Path) -> None:
+    config = table_search(
+        tmp_path, strategy="random", **{"exploration": "curriculum", "exploration.open": "0.4:1:90"}
+    )
+    asked = compose.build(config).strategy.ask(4, SearchContext())
+    assert max(max(a.choices) for a in asked) <= 1  # of 0 to 4
+    assert SearchConfig.model_validate(config.model_dump(mode="json", exclude_none=True)) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"exploration": "curiculum"}, "unknown exploration 'curiculum': did you mean 'curriculum'"),
+        ({"exploration": "curriculum", "exploration.open": "0.5"}, "a curriculum ends with 1"),
+        ({"exploration": "bandit", "strategy": "bandit"}, "it is one already"),
+        ({"exploration": "bandit", "exploration.epsilon": 1.5}, "epsilon = 1.5: give numbers from 0 to 1"),
+        ({"strategy": "evolution", "strategy.epsilon": 0.1}, "has no 'epsilon'; these have: reinforce, ppo"),
+        ({"strategy": "local-search", "strategy.entropy_weight": 1}, "has no 'entropy_weight'; these have: "),
+        ({"strategy": "reinforce", "strategy.epsilon": "0.5:0.1"}, "epsilon = 0.5:0.1: write a number, or"),
+        ({"strategy": "ppo", "strategy.entropy_weight": "-1:0:9"}, "entropy_weight = -1:0:9: give numbers"),
+    ],
+)
+def test_exploration_that_makes_no_sense_is_one_line(
+    tmp_path: Path, settings: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose.build(table_search(tmp_path, **settings))
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_exploration_needs_a_strategy_that_can_be_made_for_it(tmp_path: Path) -> None:
+    config = table_search(tmp_path, exploration="curriculum")
+    made = compose.build(table_search(tmp_path)).strategy
+    with pytest.raises(ConfigError, match="give a class or a name, not an object"):
+        compose.build(config, {"strategy": made})

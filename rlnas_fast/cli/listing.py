@@ -12,7 +12,19 @@ from rich.table import Table
 from ..compose import COMPONENTS, find
 
 # What a search passes to its parts itself; everything else a factory takes is an option.
-GIVEN = {"task_spec", "space", "task", "recipe", "device", "meter", "threads", "turn", "environment", "seed"}
+GIVEN = {
+    "task_spec",
+    "space",
+    "task",
+    "recipe",
+    "device",
+    "meter",
+    "threads",
+    "turn",
+    "environment",
+    "seed",
+    "make",
+}
 
 
 def list_components(kind: str, as_json: bool) -> None:

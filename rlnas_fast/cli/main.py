@@ -67,6 +67,7 @@ def search(
     space: Annotated[str | None, typer.Option(help="What to search; see `rlnas spaces`.")] = None,
     task: Annotated[str | None, typer.Option(help="What to learn; see `rlnas tasks`.")] = None,
     strategy: Annotated[str | None, typer.Option(help="Who proposes; see `rlnas strategies`.")] = None,
+    exploration: Annotated[str | None, typer.Option(help="Around it; see `rlnas explorations`.")] = None,
     reward: Annotated[str | None, typer.Option(help="What counts; see `rlnas rewards`.")] = None,
     evaluator: Annotated[str | None, typer.Option(help="Who measures; see `rlnas evaluators`.")] = None,
     data: Annotated[Path | None, typer.Option(help="The file of a task or table that reads one.")] = None,
@@ -104,7 +105,8 @@ def search(
 ) -> None:
     """Search; a later source wins: defaults, --config, flags, --set."""
     given: dict[str, Any] = {
-        "space": space, "task": task, "strategy": strategy, "reward": reward, "evaluator": evaluator,
+        "space": space, "task": task, "strategy": strategy, "exploration": exploration, "reward": reward,
+        "evaluator": evaluator,
         "trials": trials, "batch_size": batch_size, "epochs": epochs, "seed": seed, "device": device,
         "devices": devices.split(",") if devices else None, "workers": workers, "threads": threads,
         "evaluator.reward_column": reward_column, "evaluator.score_column": score_column,
@@ -182,6 +184,61 @@ def measure(
     )
 
 
+bench_app = typer.Typer(no_args_is_help=True, help="Compare strategies on tables of trained networks.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command()
+def tabular(
+    data: Annotated[Path, typer.Option(help="The table; `docs/strategies.md` says how it is laid out.")],
+    columns: Annotated[
+        list[str], typer.Option(metavar="REWARD[,SCORE]", help="What a search sees, and is judged by.")
+    ],
+    space: Annotated[str, typer.Option(help="What the rows are; see `rlnas spaces`.")] = "cell-201",
+    strategies: Annotated[
+        str, typer.Option(help="With commas; options with +, e.g. random,model-based+patience=0.")
+    ] = "model-based,local-search,evolution,random",
+    budget: Annotated[int, typer.Option(help="Distinct evaluations of each search.")] = 150,
+    seeds: Annotated[int, typer.Option(help="Searches of each strategy.")] = 40,
+    noise: Annotated[float, typer.Option(help="Deviation of the noise on the reward, in points.")] = 0.0,
+    jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
+    settings: Settings = None,
+    out: Annotated[Path, typer.Option(help="Results; pieces in it are not run again.")] = Path("bench"),
+    as_json: AsJson = False,
+) -> None:
+    """Learning curves, paired differences and CPU time of strategies on a table."""
+    from ..compose import Component
+    from .bench import bench_tabular
+
+    options = _settings(settings)
+    wrong = [name for name in options if not name.startswith("space.")]
+    if wrong:
+        raise ConfigError(f"--set {wrong[0]}: here only the space has settings, e.g. space.distinct=cells")
+    bench_tabular(
+        data=data,
+        columns=columns,
+        space=Component(name=space, options={k.removeprefix("space."): v for k, v in options.items()}),
+        strategies=strategies,
+        budget=budget,
+        seeds=seeds,
+        noise=noise,
+        jobs=jobs,
+        out=out,
+        as_json=as_json,
+    )
+
+
+@bench_app.command()
+def import_nats_bench(
+    source: Annotated[Path, typer.Argument(help="NATS-tss-...-simple, as its authors publish it.")],
+    table: Annotated[Path, typer.Argument(help="The .npz to write.")],
+) -> None:
+    """Make a table of the official NATS-Bench, read by its own package (which unpickles the file)."""
+    from .bench import nats_bench_table
+
+    nats_bench_table(source, table)
+
+
 @app.command()
 def profile(
     space: Annotated[str, typer.Argument(help="What to profile; see `rlnas spaces`.")],
@@ -228,7 +285,7 @@ def _listing(kind: str) -> None:
         list_components(kind, as_json)
 
 
-for _kind in ("space", "strategy", "task", "reward", "evaluator"):
+for _kind in ("space", "strategy", "exploration", "task", "reward", "evaluator"):
     _listing(_kind)
 
 

@@ -30,6 +30,7 @@ class Screen:
         )  # fmt: skip
         self.search: TaskID | None = None
         self.confirm: TaskID | None = None
+        self.pieces: TaskID | None = None
         self.folder: Path | None = None
         self.best: Trial | None = None
         self.failed = 0
@@ -72,6 +73,11 @@ class Screen:
         if self.confirm is None:
             self.confirm = self.bar.add_task("training the best again", total=total, best="")
         self.bar.update(self.confirm, completed=done)
+
+    def piece(self, done: int, total: int) -> None:
+        if self.pieces is None:
+            self.pieces = self.bar.add_task("pieces", total=total, best="")
+        self.bar.update(self.pieces, completed=done)
 
     def _so_far(self) -> str:
         parts = []

@@ -50,7 +50,7 @@ class Tabular:
         path = Path(data)
         arrays = read_npz(path)
         self._row_of = _index(path, arrays, space)
-        self._accuracy = _fractions(_column(path, arrays, reward_column))
+        self._accuracy = _fractions(_varied(path, arrays, reward_column))
         self._score = None if score_column is None else _fractions(_column(path, arrays, score_column))
         self._latency_ms = None if latency_column is None else _column(path, arrays, latency_column)
         self._identity = {
@@ -121,6 +121,17 @@ def _column(path: Path, arrays: Mapping[str, np.ndarray], column: str) -> np.nda
         raise DataError(
             f"{path}: column {column!r} is unknown in {unknown} of {len(values)} rows; "
             f"complete are {', '.join(_complete(columns))}"
+        )
+    return values
+
+
+def _varied(path: Path, arrays: Mapping[str, np.ndarray], column: str) -> np.ndarray:
+    """A column that a search can be rewarded by."""
+    values = _column(path, arrays, column)
+    if (values == values[0]).all():
+        raise DataError(
+            f"{path}: column {column!r} is {values[0]:g} in every row, so no search can learn from it; "
+            "choose another reward column"
         )
     return values
 

@@ -1,10 +1,11 @@
-"""Reads .npz archives that come from elsewhere."""
+"""Reads .npz archives that come from elsewhere, and writes files all at once."""
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,17 @@ def read_npz(
         raise DataError(f"no data file {path}: give the path of an .npz archive") from error
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"cannot read {path} as an .npz archive of plain arrays: {error}") from error
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets ``write`` fill a new file and puts it in the place of ``path``; if that fails, nothing changes.
+
+    Makes the folder where there is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -75,6 +75,7 @@ class Novelty:
         while self._rest is not None and len(found) < count:
             candidate = next(self._rest, None)
             if candidate is None:
+                self._rest = None  # a space that opens later is looked through again
                 break
             if self.take(candidate):
                 found.append(candidate)

@@ -54,7 +54,7 @@ def test_a_file_a_flag_and_set(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         (["search", "--strategy=reinforc"], "did you mean 'reinforce'"),
         (["search", "--trials=-3"], "trials = -3"),
         (["search", "--trials=x"], "--trials"),
-        (["search", "--set=strategy.learning_rat=1"], "did you mean 'learning_rate'"),
+        (["search", "--strategy=ppo", "--set=strategy.learning_rat=1"], "did you mean 'learning_rate'"),
         (["search", "--set=nonsense"], "KEY=VALUE"),
         (["search", "--classes=a,b"], "--classes"),
         (["search", "--task=npz"], "needs the option 'path'"),

@@ -59,7 +59,7 @@ def test_answers_with_the_row_in_fractions_and_seconds(tmp_path: Path) -> None:
 def test_identity_is_the_content_and_the_columns(tmp_path: Path) -> None:
     first = Tabular(SPACE, data=table(tmp_path), reward_column="valid").identity()
     assert Tabular(SPACE, data=table(tmp_path), reward_column="test").identity() != first
-    changed = table(tmp_path, valid=np.zeros(len(CHOICES)))
+    changed = table(tmp_path, valid=np.arange(len(CHOICES))[::-1])
     assert Tabular(SPACE, data=changed, reward_column="valid").identity() != first
 
 
@@ -68,6 +68,7 @@ def test_identity_is_the_content_and_the_columns(tmp_path: Path) -> None:
     [
         ({}, "acc", "no column 'acc'; it has valid, test, runs:phone, runs:server, latency_ms:phone"),
         ({}, "partial", "'partial' is unknown in 6556 of 6561 rows; complete are valid"),
+        ({"valid": np.full(len(CHOICES), 93.5)}, "valid", "'valid' is 93.5 in every row"),
         ({"choices": None}, "valid", "no array ops or choices; it holds valid"),
         ({"choices": CHOICES[:, :6]}, "valid", "not a table of space 'nasbench-macro'.*8 decisions"),
         ({"choices": CHOICES.astype(float)}, "valid", "not a table"),
@@ -84,7 +85,7 @@ def test_a_table_that_cannot_be_used(
 
 
 def test_an_architecture_without_a_row(tmp_path: Path) -> None:
-    few = {"choices": CHOICES[:9], "valid": np.zeros(9)}
+    few = {"choices": CHOICES[:9], "valid": np.arange(9)}
     evaluator = Tabular(SPACE, data=table(tmp_path, **few), reward_column="valid")
     with pytest.raises(DataError, match="no row for architecture"):
         evaluator.evaluate(Request(Architecture(SPACE.name, (2,) * 8), BUDGET, 0))

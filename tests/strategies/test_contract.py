@@ -28,7 +28,9 @@ from rlnas_fast.search import (
 from rlnas_fast.search.rewards import accuracy
 from rlnas_fast.strategies.a3c import A3C
 from rlnas_fast.strategies.bandit import Bandit
+from rlnas_fast.strategies.bandit_exploration import BanditExploration
 from rlnas_fast.strategies.composite import Composite
+from rlnas_fast.strategies.curriculum import Curriculum
 from rlnas_fast.strategies.dqn import DQN
 from rlnas_fast.strategies.evolution import Evolution
 from rlnas_fast.strategies.local_search import LocalSearch
@@ -42,6 +44,16 @@ from rlnas_fast.strategies.sac import SAC
 from rlnas_fast.strategies.trpo import TRPO
 
 Make = Callable[..., Strategy]
+
+
+def within(exploration: Callable[..., Strategy], make: Make, **options: Any) -> Make:
+    """``make`` with the exploration around it."""
+
+    def made(space: SearchSpace, *, seed: int, **inner: Any) -> Strategy:
+        return exploration(space, lambda part: make(part, seed=seed, **inner), seed=seed, **options)
+
+    return made
+
 
 STRATEGIES: dict[str, Make] = {
     "random": RandomSearch,
@@ -66,6 +78,11 @@ STRATEGIES: dict[str, Make] = {
     "sac": functools.partial(SAC, updates=1),
     "trpo": functools.partial(TRPO, group=4),
     "trpo gru": functools.partial(TRPO, group=3, cell="gru"),
+    "curriculum, reinforce": within(Curriculum, Reinforce, open="0.3:1:9"),
+    "curriculum, model-based": within(Curriculum, functools.partial(ModelBased, initial=2), open="0:1:15"),
+    "curriculum, local-search": within(Curriculum, LocalSearch, open="0.5:1:12"),
+    "bandit around evolution": within(BanditExploration, Evolution),
+    "bandit around reinforce": within(BanditExploration, Reinforce, epsilon=0.5, rule="ucb"),
     "reinforce gru": functools.partial(Reinforce, cell="gru", epsilon="0.5:0:20", entropy_weight="1:0:9"),
 }
 CONTEXT = SearchContext()
