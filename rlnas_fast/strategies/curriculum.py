@@ -50,11 +50,11 @@ class Curriculum:
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
         """``count`` architectures of the open part; fewer only when the whole space has no more."""
         self._open(self._schedule.at(self._asked))
-        asked = self._strategy.ask(count, context)
+        asked = self._new(count, context)
         while len(asked) < count:
             whole = self._space.is_whole()
             self._open(self._space.fraction + 1 / self._space.parts)
-            more = self._strategy.ask(count - len(asked), context)
+            more = self._new(count - len(asked), context)
             if whole and not more:
                 break
             asked += more
@@ -65,6 +65,17 @@ class Curriculum:
         """Tells the strategy what lies in the open part, and keeps the rest for later."""
         self._waiting += trials
         self._tell_what_is_open()
+
+    def _new(self, count: int, context: SearchContext) -> list[Architecture]:
+        """What the strategy proposes, less other spellings of trials that wait to be told."""
+        known = {trial.key for trial in self._waiting}
+        found: list[Architecture] = []
+        for _ in range(1 + len(known)):
+            asked = self._strategy.ask(count - len(found), context)
+            found += [a for a in asked if self._space.canonical_key(a) not in known]
+            if not asked or len(found) == count:
+                break
+        return found
 
     def _open(self, fraction: float) -> None:
         self._space.open(fraction)
