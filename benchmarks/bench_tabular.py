@@ -182,7 +182,7 @@ def measure(quick: bool) -> list[Row]:
     folder = os.environ.get("RLNAS_DATA_DIR")
     if folder is None:
         sys.exit("set RLNAS_DATA_DIR to the folder that holds the tables")
-    seeds = Seeds(20, 5, 5) if quick else Seeds(200, 100, 40)
+    seeds = Seeds(20, 5, 5) if quick else Seeds(200, 40, 40)
     wanted = {
         (table.name, noise): plans(table, seeds, noise)
         for table in tables(Path(folder))
