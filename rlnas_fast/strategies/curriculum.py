@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -38,7 +39,7 @@ class Curriculum:
         open: str | float = "0.4:1:50",
     ) -> None:
         self._schedule = schedule("open", open, high=1)
-        if self._schedule.end < 1:
+        if self._schedule.at(sys.maxsize) < 1:
             raise ConfigError(f"open = {open}: a curriculum ends with 1, the whole space")
         self._space = _OpenPart(space)
         self._strategy = make(self._space)
