@@ -172,7 +172,7 @@ def test_an_exploration_surrounds_the_strategy(tmp_path: Path) -> None:
         ({"exploration": "bandit", "exploration.epsilon": 1.5}, "epsilon = 1.5: give numbers from 0 to 1"),
         ({"strategy": "evolution", "strategy.epsilon": 0.1}, "has no 'epsilon'; these have: reinforce, ppo"),
         ({"strategy": "local-search", "strategy.entropy_weight": 1}, "has no 'entropy_weight'; these have: "),
-        ({"strategy": "reinforce", "strategy.epsilon": "0.5:0.1"}, "epsilon = 0.5:0.1: write a number, or"),
+        ({"strategy": "reinforce", "strategy.epsilon": "0.5:0.1"}, "epsilon = 0.5:0.1: write a number, "),
         ({"strategy": "ppo", "strategy.entropy_weight": "-1:0:9"}, "entropy_weight = -1:0:9: give numbers"),
     ],
 )

@@ -32,7 +32,7 @@ def reached(grid: Any, epsilon: str, trials: int = 120) -> list[int]:
 
 
 def test_a_bandit_finds_good_operations_and_random_search_does_not(grid: Any) -> None:
-    assert sum(reached(grid, "1")[60:]) > 60 * 3.5
+    assert sum(reached(grid, "1")[60:]) > 60 * 2.5  # 1.5 each by chance
     assert sum(reached(grid, "0")[60:]) < 60 * 2
 
 
