@@ -59,6 +59,13 @@ def test_slices_add_up_to_an_undisturbed_study(tmp_path: Path) -> None:
     assert without_folder(again) == without_folder(whole)
 
 
+@pytest.mark.slow
+def test_two_workers_come_to_the_same(tmp_path: Path) -> None:
+    serial = run_study(tiny(networks_at_random=0), tmp_path / "serial")
+    parallel = run_study(replace(tiny(networks_at_random=0), workers=2), tmp_path / "parallel")
+    assert without_folder(parallel) == without_folder(serial)
+
+
 def test_a_folder_keeps_its_settings(tmp_path: Path) -> None:
     with pytest.raises(SliceOver):
         run_study(tiny(), tmp_path, max_minutes=1e-6)
