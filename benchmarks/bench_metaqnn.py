@@ -188,7 +188,7 @@ def _detail(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--max-minutes", type=float, default=float("inf"))
     default = (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlnas_fast" / "bench_metaqnn"
