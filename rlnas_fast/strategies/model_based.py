@@ -26,9 +26,8 @@ class ModelBased:
 
     Candidates are the neighbours of the best trials so far, and recombinations of them that a policy
     proposes; the policy imitates all trials in proportion to their advantage.  Where nothing has improved
-    for a while, trials climb from a fresh random architecture, with the same model as their guide: every
-    other one at first, and more the longer it lasts.  A model that is sure of one basin has no reason of
-    its own to look for another.
+    for a while, every other trial climbs from a fresh random architecture, with the same model as its
+    guide: a model that is sure of one basin has no reason of its own to look for another.
 
     Source: expected improvement over a surrogate as in White et al., BANANAS (2021), which mutates the
     best architectures, too; the policy is advantage-weighted regression (Peng et al. 2019); within a
@@ -43,8 +42,7 @@ class ModelBased:
         proposals: how many recombinations the policy proposes for each trial.
         policy_temperature: of the policy, in root mean square deviations of the good half's rewards;
             0 proposes uniformly.
-        patience: trials without improvement after which some climb elsewhere: n / (n + patience) of them, n
-            being the trials without improvement; 0 never.
+        patience: trials without improvement after which every other trial climbs elsewhere; 0 never.
         memory: the model sees at most so many trials, one half the best and one half the latest.
     """
 
@@ -120,8 +118,8 @@ class ModelBased:
             return self._novelty.unseen(1)
         known = self._remembered()
         model, targets = self._fit(known)
-        stale = len(self._trials) - self._improved_at
-        if stale > self._patience > 0 and self._rng.random() < stale / (stale + self._patience):
+        stagnant = len(self._trials) - self._improved_at > self._patience > 0
+        if stagnant and self._rng.random() < 0.5:
             return self._elsewhere(model)
         believed = model.predict(model.choices[: len(known)])[0]
         order = np.argsort(-believed, kind="stable")[: self._incumbents]
