@@ -57,7 +57,6 @@ class Seeds:
     """How many searches of whom."""
 
     many: int
-    some: int
     few: int
 
 
@@ -84,12 +83,12 @@ def plans(table: TableSource, seeds: Seeds, noise: float) -> dict[str, Plan]:
 
     found = {name: plan(name, seeds.many, 150 if noise else trials) for name, trials in BASELINES.items()}
     found[DEFAULT] = plan(DEFAULT, seeds.many, 150)
-    found |= {name: plan(peer, seeds.some, 150) for name, peer in PEERS.items()}
+    found |= {name: plan(peer, seeds.many, 150) for name, peer in PEERS.items()}
     if not noise:
         for name in LEARNERS:
             found[name] = plan(name, seeds.few, 500 if name in SLOW_LEARNERS else 150)
         for name, options in ABLATION.items():
-            found[name] = plan(DEFAULT, seeds.some, 150, **options)
+            found[name] = plan(DEFAULT, seeds.few, 150, **options)
     return found
 
 
@@ -182,7 +181,7 @@ def measure(quick: bool) -> list[Row]:
     folder = os.environ.get("RLNAS_DATA_DIR")
     if folder is None:
         sys.exit("set RLNAS_DATA_DIR to the folder that holds the tables")
-    seeds = Seeds(20, 5, 5) if quick else Seeds(200, 40, 40)
+    seeds = Seeds(20, 5) if quick else Seeds(200, 40)
     wanted = {
         (table.name, noise): plans(table, seeds, noise)
         for table in tables(Path(folder))
