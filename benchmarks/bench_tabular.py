@@ -83,7 +83,7 @@ def plans(table: TableSource, seeds: Seeds, noise: float) -> dict[str, Plan]:
 
     found = {name: plan(name, seeds.many, 150 if noise else trials) for name, trials in BASELINES.items()}
     found[DEFAULT] = plan(DEFAULT, seeds.many, 150)
-    found |= {name: plan(peer, seeds.many, 150) for name, peer in PEERS.items()}
+    found |= {name: plan(peer, seeds.few, 150) for name, peer in PEERS.items()}
     if not noise:
         for name in LEARNERS:
             found[name] = plan(name, seeds.few, 500 if name in SLOW_LEARNERS else 150)
