@@ -33,6 +33,31 @@ struct Out {
   const float* row_scale = nullptr;  // multiplies each row of the result
 };
 
+// Memory that will be needed soon, fetched a few lines between two tiles of products, so that nothing waits.
+class Ahead {
+ public:
+  void add(const float* from, int64_t floats) {
+    if (count_ < kSpans) spans_[count_++] = {reinterpret_cast<const char*>(from), floats * 4};
+  }
+  void step() {
+    for (int lines = kLines; lines > 0 && at_ < count_;) {
+      Span& span = spans_[at_];
+      for (; lines > 0 && span.left > 0; lines--, span.from += 64, span.left -= 64)
+        __builtin_prefetch(span.from, 1, 2);
+      if (span.left <= 0) at_++;
+    }
+  }
+
+ private:
+  struct Span {
+    const char* from;
+    int64_t left;
+  };
+  static constexpr int kSpans = 8, kLines = 16;
+  Span spans_[kSpans];
+  int count_ = 0, at_ = 0;
+};
+
 template <int R, int V, Order order, bool tail>
 static __attribute__((noinline)) void tile(int64_t depth, Left a, const float* __restrict b, int64_t ldb,
                                            Out c, int64_t last) {
@@ -94,11 +119,12 @@ RLNAS_INLINE void tile_of(int64_t rows, int64_t depth, Left a, const float* b, i
 constexpr int64_t kChain = 256;
 
 template <Order order>
-static void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, Out c) {
+static void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, Out c,
+                 Ahead* ahead = nullptr) {
   for (; depth > kChain; depth -= kChain) {
     const float* scale = c.row_scale;
     c.row_scale = nullptr;
-    gemm<order>(rows, columns, kChain, a, b, c);
+    gemm<order>(rows, columns, kChain, a, b, c, ahead);
     a.data += kChain * (order == Order::row_major ? 1 : a.ld);
     b.data += kChain * b.ld;
     c = {c.data, c.ld, c.data, c.ld, scale};
@@ -120,6 +146,7 @@ static void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, 
         tile_of<1, order, false>(some, depth, from, panel, b.ld, to, last);
       else
         tile_of<1, order, true>(some, depth, from, panel, b.ld, to, last);
+      if (ahead) ahead->step();
       m += some;
     }
   }

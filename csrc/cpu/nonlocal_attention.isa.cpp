@@ -55,6 +55,14 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
   over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
     const Image image(x, b, k.C, shape.space), result(z, b, k.C, shape.space);
     const int64_t width = k.D + k.E;
+    Ahead next, *ahead = small && !team && b + 1 < shape.batch ? &next : nullptr;
+    if (ahead) {
+      Image(x, b + 1, k.C, shape.space).ahead(k.N, next);
+      if (saved.projections) next.add(saved.projections + (b + 1) * k.N * k.L, k.N * k.L);
+      if (saved.terms) next.add(saved.terms + (b + 1) * k.M * kSmall, k.M * kSmall);
+      if (saved.attention) next.add(saved.attention + (b + 1) * k.N * k.E, k.N * k.E);
+      Image(z, b + 1, k.C, shape.space).ahead(k.N, next);
+    }
     if (team) {
 #pragma omp single
       {
@@ -73,7 +81,7 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
       const Range r(block, kRowBlock, k.N);
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * k.C));
       gemm<Order::row_major>(r.count(), k.L, k.C, {from.data, from.ld}, project,
-                             {rows + r.first * k.L, k.L, k.has_bias ? k.bias.data() : nullptr, 0});
+                             {rows + r.first * k.L, k.L, k.has_bias ? k.bias.data() : nullptr, 0}, ahead);
     });
     if (k.pools())
       share(team, blocks_of(k.M, kRowBlock),
@@ -89,7 +97,7 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
         float inverse[kSmall];
         attend_small(query, k.N, k.D, k.E, keys, attention,
                      saved.terms ? saved.terms + b * k.M * kSmall : scratch<kLogits>(k.M * kSmall),
-                     lse ? lse : inverse);
+                     lse ? lse : inverse, ahead);
       } else {
         attend(query, r.count(), k.D, k.E, keys, attention, lse);
       }
@@ -100,7 +108,7 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
         out.init = from.data;
         out.init_ld = from.ld;
       }
-      gemm<Order::row_major>(r.count(), k.C, k.E, {attention.data, attention.ld}, output, out);
+      gemm<Order::row_major>(r.count(), k.C, k.E, {attention.data, attention.ld}, output, out, ahead);
       if (shape.residual && k.has_bias) add_bias(to, r.count(), k.C, k.out_bias.data());
       result.finish(r.first, r.last, to);
     });
@@ -122,6 +130,15 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
     const Image image(x, b, C, shape.space), grad_out_image(grad_z, b, C, shape.space);
     const Image result(grad_x, b, C, shape.space);
     const int thread = omp_get_thread_num();
+    Ahead next, *ahead = saved.terms && !team && b + 1 < shape.batch ? &next : nullptr;
+    if (ahead) {
+      Image(grad_z, b + 1, C, shape.space).ahead(N, next);
+      next.add(saved.projections + (b + 1) * N * L, N * L);
+      next.add(saved.terms + (b + 1) * M * kSmall, M * kSmall);
+      next.add(saved.attention + (b + 1) * N * E, N * E);
+      Image(x, b + 1, C, shape.space).ahead(N, next);
+      Image(grad_x, b + 1, C, shape.space).ahead(N, next);
+    }
     float* rows = saved.projections + b * N * L;
     const uint8_t* winners = saved.winners ? saved.winners + b * M * width : nullptr;
     if (team) {
@@ -148,10 +165,10 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
       const float* lse = saved.lse + b * N + r.first;
       const Rows query{rows + r.first * L, L}, grad_query{grads + r.first * L, L};
       gemm<Order::row_major>(r.count(), E, C, {grad.data, grad.ld}, output_back,
-                             {grad_attention.data, E, nullptr, 0, saved.terms ? lse : nullptr});
+                             {grad_attention.data, E, nullptr, 0, saved.terms ? lse : nullptr}, ahead);
       if (saved.terms)
         attend_small_backward(query, grad_attention, N, D, E, keys, saved.terms + b * M * kSmall, grad_query,
-                              grad_keys, !apart);
+                              grad_keys, !apart, ahead);
       else
         attend_backward(query, {saved.attention + (b * N + r.first) * E, E}, grad_attention, lse, r.count(),
                         D, E, keys, grad_query, grad_keys, !apart && tile == 0);
@@ -175,10 +192,10 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * C));
       const Rows grad = grad_out_image.load(r.first, r.last, scratch<kGradZ>(kRowBlock * C));
       const Rows attention{saved.attention + (b * N + r.first) * E, E}, grad_rows{grads + r.first * L, L};
-      sums.add(thread, r.count(), from, grad, attention, grad_rows);
+      sums.add(thread, r.count(), from, grad, attention, grad_rows, ahead);
       const Rows to = result.target(r.first, scratch<kOut>(kRowBlock * std::max(C, E)));
       gemm<Order::row_major>(r.count(), C, L, {grad_rows.data, L}, project_back,
-                             {to.data, to.ld, shape.residual ? grad.data : nullptr, grad.ld});
+                             {to.data, to.ld, shape.residual ? grad.data : nullptr, grad.ld}, ahead);
       result.finish(r.first, r.last, to);
     });
   };

@@ -7,6 +7,7 @@
 
 #include <omp.h>
 
+#include <atomic>
 #include <vector>
 
 #include "cpu/nonlocal_core.h"
@@ -43,26 +44,51 @@ class Schedule {
   int chunk_;
 };
 
+// Hands images to threads: to each the same range in every call, so that a backward finds in its cache what
+// the forward left there, and images in a row, which the hardware fetches ahead; then what others have left.
+class ImageShares {
+ public:
+  ImageShares(int64_t count, int threads, bool deterministic)
+      : count_(count), deterministic_(deterministic), next_(threads) {
+    for (int i = 0; i < threads; i++) next_[i] = first(i);
+  }
+
+  // Called by every thread of a team of any size.
+  template <class F>
+  void run(F task) {
+    const int shares = static_cast<int>(next_.size());
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    for (int i = 0; i < shares; i++) {
+      const int share = (thread + i) % shares;
+      if (deterministic_ && share % team != thread) continue;
+      const int64_t end = first(share + 1);
+      for (int64_t b; (b = next_[share].fetch_add(1)) < end;) task(b);
+    }
+  }
+
+ private:
+  int64_t first(int share) const { return count_ * share / static_cast<int64_t>(next_.size()); }
+  int64_t count_;
+  bool deterministic_;
+  std::vector<std::atomic<int64_t>> next_;
+};
+
 // Runs task(image) for every image, each on one thread.
 template <class F>
 void over_whole_images(int64_t batch, int threads, bool deterministic, F task) {
-  const Schedule schedule(deterministic);
+  ImageShares shares(batch, threads, deterministic);
 #pragma omp parallel num_threads(threads)
-  share(true, batch, task);
+  shares.run(task);
 }
 
 // Runs task(image, team) for every image.
 template <class F>
 void over_images(int64_t batch, int threads, bool deterministic, F task) {
-  const bool team = threads > 1 && batch % threads != 0 && batch < 4 * threads;
+  if (threads == 1 || batch % threads == 0 || batch >= 4 * threads)
+    return over_whole_images(batch, threads, deterministic, [&](int64_t b) { task(b, false); });
   const Schedule schedule(deterministic);
 #pragma omp parallel num_threads(threads)
-  {
-    if (team)
-      for (int64_t b = 0; b < batch; b++) task(b, true);
-    else
-      share(true, batch, [&](int64_t b) { task(b, false); });
-  }
+  for (int64_t b = 0; b < batch; b++) task(b, true);
 }
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -203,13 +229,14 @@ class WeightSums {
   float* out(int thread) { return parts_[thread].data() + k_.L * k_.C; }
 
   // Adds the share of some positions; without `attention` that of W_z is left to the caller.
-  void add(int thread, int64_t count, Rows x, Rows grad_z, Rows attention, Rows grads) {
+  void add(int thread, int64_t count, Rows x, Rows grad_z, Rows attention, Rows grads,
+           Ahead* ahead = nullptr) {
     float *projection = parts_[thread].data(), *out = projection + k_.L * k_.C, *bias = out + k_.C * k_.E;
     gemm<Order::depth_major>(k_.L, k_.C, count, {grads.data, grads.ld}, {x.data, x.ld},
-                             {projection, k_.C, projection, k_.C});
+                             {projection, k_.C, projection, k_.C}, ahead);
     if (attention.data)
       gemm<Order::depth_major>(k_.C, k_.E, count, {grad_z.data, grad_z.ld}, {attention.data, attention.ld},
-                               {out, k_.E, out, k_.E});
+                               {out, k_.E, out, k_.E}, ahead);
     if (!k_.has_bias) return;
     add_columns(grads, count, k_.L, bias);
     add_columns(grad_z, count, k_.C, bias + k_.L);

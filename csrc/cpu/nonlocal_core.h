@@ -89,6 +89,33 @@ static inline void attend(Rows query, int64_t count, int64_t inner, int64_t valu
     for (int64_t i = 0; i < count; i++) lse[i] = maxima[i] + std::log(sums[i]);
 }
 
+struct Moments {
+  Vec mass, mean;  // of the weights p, and of p times their gradient
+};
+
+// Over keys, term(key) = (p, gradient of p); in parts of 32 and four sums at a time: short chains, which are
+// more exact and do not wait for one another.
+template <class F>
+RLNAS_INLINE Moments moments_over(int64_t keys, F term) {
+  Moments total{};
+  for (int64_t k = 0; k < keys;) {
+    Moments part[4]{};
+    const int64_t end = std::min(keys, k + 32);
+    const auto add = [&term](Moments& to, int64_t key) {
+      const auto [p, grad] = term(key);
+      to.mass += p;
+      to.mean += p * grad;
+    };
+    for (; k + 4 <= end; k += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) add(part[i], k + i);
+    for (; k < end; k++) add(part[k % 4], k);
+    total.mass += (part[0].mass + part[1].mass) + (part[2].mass + part[3].mass);
+    total.mean += (part[0].mean + part[1].mean) + (part[2].mean + part[3].mean);
+  }
+  return total;
+}
+
 // Adds this tile's share to grad_keys and writes grad_query.  `first` overwrites grad_keys.
 static inline void attend_backward(Rows query, Rows out, Rows grad_out, const float* lse, int64_t count,
                                    int64_t inner, int64_t value, const KeyValue& keys, Rows grad_query,
@@ -116,18 +143,11 @@ static inline void attend_backward(Rows query, Rows out, Rows grad_out, const fl
     const bool whole = some == keys.count;
     for (int64_t n = 0; n < lanes; n += kWidth) {
       const Vec lane_shift = load(shift + n);
-      Vec mass = {}, mean = {};
-      for (int64_t k = 0; k < some;) {
-        Vec part_mass = {}, part_mean = {};
-        for (const int64_t end = std::min(some, k + 32); k < end; k++) {
-          const Vec p = exponential(load(weights + k * T + n) - lane_shift);
-          store(weights + k * T + n, p);
-          part_mass += p;
-          part_mean += p * load(grads + k * T + n);
-        }
-        mass += part_mass;
-        mean += part_mean;
-      }
+      const auto [mass, mean] = moments_over(some, [&](int64_t k) {
+        const Vec p = exponential(load(weights + k * T + n) - lane_shift);
+        store(weights + k * T + n, p);
+        return std::pair<Vec, Vec>(p, load(grads + k * T + n));
+      });
       // The rounding of lse cancels out of these quotients, so that the gradients of a row's logits sum to 0.
       const Vec lane_delta = whole ? mean / mass : load(delta + n);
       const Vec correction = whole ? 1.0f / mass : broadcast(1.0f);
@@ -154,13 +174,18 @@ static inline void attend_backward(Rows query, Rows out, Rows grad_out, const fl
 // All queries of a small image at once.  Fills terms [keys][kSmall], exp(logit - maximum), and the inverse of
 // their sums; the mean of the values is the product of the two.
 static inline void attend_small(Rows query, int64_t count, int64_t inner, int64_t value, const KeyValue& keys,
-                                Rows out, float* terms, float* inverse) {
+                                Rows out, float* terms, float* inverse, Ahead* ahead) {
   const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
   const Right queries = lanes_from(query, count, inner, scratch<kQueries>(kSmall * inner));
-  gemm<Order::row_major>(keys.count, lanes, inner, {keys.key.data, keys.key.ld}, queries, {terms, kSmall});
+  gemm<Order::row_major>(keys.count, lanes, inner, {keys.key.data, keys.key.ld}, queries, {terms, kSmall},
+                         ahead);
   for (int64_t n = 0; n < lanes; n += kWidth) {
-    Vec highest = load(terms + n), total = {};
-    for (int64_t j = 1; j < keys.count; j++) highest = maximum(highest, load(terms + j * kSmall + n));
+    Vec highest = load(terms + n), other = highest, total = {};
+    for (int64_t j = 1; j < keys.count; j += 2) {
+      highest = maximum(highest, load(terms + j * kSmall + n));
+      other = maximum(other, load(terms + std::min(j + 1, keys.count - 1) * kSmall + n));
+    }
+    highest = maximum(highest, other);
     for (int64_t j = 0; j < keys.count;) {
       Vec part = {};
       for (const int64_t end = std::min(keys.count, j + 32); j < end; j++) {
@@ -173,30 +198,22 @@ static inline void attend_small(Rows query, int64_t count, int64_t inner, int64_
     store_some(inverse + n, 1.0f / total, std::min<int64_t>(kWidth, count - n));
   }
   gemm<Order::depth_major>(count, value, keys.count, {terms, kSmall}, {keys.value.data, keys.value.ld},
-                           {out.data, out.ld, nullptr, 0, inverse});
+                           {out.data, out.ld, nullptr, 0, inverse}, ahead);
 }
 
 // `scaled` is the gradient of the mean times the inverse sums, so that the terms stand for the softmax.
 static inline void attend_small_backward(Rows query, Rows scaled, int64_t count, int64_t inner, int64_t value,
                                          const KeyValue& keys, const float* terms, Rows grad_query,
-                                         const KeyValue& grad_keys, bool first) {
+                                         const KeyValue& grad_keys, bool first, Ahead* ahead) {
   const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
   const Right upstream = lanes_from(scaled, count, value, scratch<kGradQueries>(kSmall * value));
   float* grads = scratch<kGradLogits>(kSmall * kSmall);
   gemm<Order::row_major>(keys.count, lanes, value, {keys.value.data, keys.value.ld}, upstream,
-                         {grads, kSmall});
+                         {grads, kSmall}, ahead);
   for (int64_t n = 0; n < lanes; n += kWidth) {
-    Vec mass = {}, mean = {};
-    for (int64_t j = 0; j < keys.count;) {
-      Vec part_mass = {}, part_mean = {};
-      for (const int64_t end = std::min(keys.count, j + 32); j < end; j++) {
-        const Vec e = load(terms + j * kSmall + n);
-        part_mass += e;
-        part_mean += e * load(grads + j * kSmall + n);
-      }
-      mass += part_mass;
-      mean += part_mean;
-    }
+    const auto [mass, mean] = moments_over(keys.count, [&](int64_t j) {
+      return std::pair<Vec, Vec>(load(terms + j * kSmall + n), load(grads + j * kSmall + n));
+    });
     const Vec delta = mean / mass;  // as in attend_backward
 #pragma GCC unroll 4
     for (int64_t j = 0; j < keys.count; j++) {
@@ -205,12 +222,12 @@ static inline void attend_small_backward(Rows query, Rows scaled, int64_t count,
     }
   }
   gemm<Order::depth_major>(count, inner, keys.count, {grads, kSmall}, {keys.key.data, keys.key.ld},
-                           {grad_query.data, grad_query.ld});
+                           {grad_query.data, grad_query.ld}, ahead);
   const auto add_to = [first](Rows to) { return Out{to.data, to.ld, first ? nullptr : to.data, to.ld}; };
   gemm<Order::row_major>(keys.count, inner, count, {grads, kSmall}, {query.data, query.ld},
-                         add_to(grad_keys.key));
+                         add_to(grad_keys.key), ahead);
   gemm<Order::row_major>(keys.count, value, count, {terms, kSmall}, {scaled.data, scaled.ld},
-                         add_to(grad_keys.value));
+                         add_to(grad_keys.value), ahead);
 }
 
 }  // namespace rlnas::RLNAS_ISA

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "cpu/gemm.h"
 #include "cpu/nonlocal_attention.h"
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
@@ -96,6 +97,11 @@ class Image {
     const Rows rows{buffer, channels_};
     with_dtype(view_.dtype, [&](auto dtype) { copy_in<decltype(dtype)>(first, last, rows); });
     return rows;
+  }
+
+  // Where the rows lie, if they lie dense and in place.
+  void ahead(int64_t count, Ahead& lines) const {
+    if (in_place() && step_ == channels_) lines.add(in_place_rows(0).data, count * channels_);
   }
 
   // Where rows [first, last) are to be written before `finish`.

@@ -67,7 +67,11 @@ RLNAS_INLINE void store_some(float* p, Vec v, int64_t count) {
 #endif
 
 // NaN in b is lost, NaN in a stays: running = maximum(new, running) keeps what came first.
+#if defined(__AVX512F__)
+RLNAS_INLINE Vec maximum(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)b, (__m512)a); }
+#else
 RLNAS_INLINE Vec maximum(Vec a, Vec b) { return a < b ? b : a; }
+#endif
 
 RLNAS_INLINE float sum(Vec v) {
   float total = 0;

@@ -8,7 +8,7 @@ composed from ``nonlocal_attention``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +81,8 @@ def nonlocal_block(
     """
     if len(biases) != 4:
         raise ShapeError(f"biases has {len(biases)} entries; expected 4: of theta, phi, g and out")
-    if x.device.type in AUTOCAST and torch.is_autocast_enabled(x.device.type):
+    may_cast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+    if may_cast and x.device.type in AUTOCAST and torch.is_autocast_enabled(x.device.type):
         x, theta, phi, g, out, pair, *casted = _autocast(x, theta, phi, g, out, pair, *biases)
         biases = (casted[0], casted[1], casted[2], casted[3])
     tensors = (x, theta, phi, g, out, *biases)
@@ -153,27 +154,36 @@ class _DirectBlock(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *tensors, saved = ctx.saved_tensors
-        return None, *ctx.call.backward(grad_z, tensors, saved)
+        return _gradients_once(ctx, grad_z) if torch.is_grad_enabled() else _gradients(ctx, grad_z)
+
+
+def _gradients(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    *tensors, saved = ctx.saved_tensors
+    return None, *ctx.call.backward(grad_z, tensors, saved)
+
+
+_gradients_once = once_differentiable(_gradients)
+# Function.apply without its questions about functorch, which _plain has asked.
+_apply_direct: Callable[..., torch.Tensor] = super(torch.autograd.Function, _DirectBlock).apply
 
 
 def _plain(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Says whether addresses may be taken at once: CPU tensors that nobody traces, counts or imitates."""
-    return (
-        not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and all(each is None or (type(each) in PLAIN and each.is_cpu) for each in tensors)
-    )
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return False
+    return all([each is None or (type(each) in PLAIN and each.is_cpu) for each in tensors])
 
 
 def _direct(call: cpu.BlockCall, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
     if torch.is_grad_enabled():
         for each in tensors:
             if each is not None and each.requires_grad:
-                z: torch.Tensor = _DirectBlock.apply(call, *tensors)
-                return z
+                return _apply_direct(call, *tensors)
     return call.forward(tensors, False)[0]
 
 

@@ -188,8 +188,10 @@ _calls: dict[Hashable, BlockCall] = {}
 
 def block_key(kind: str, tensors: Tensors, pool: object, residual: bool) -> tuple[Any, ...]:
     """What a BlockCall depends on."""
-    layouts = [None if each is None else (each.shape, each.stride(), each.dtype) for each in tensors]
-    return kind, pool, residual, *layouts
+    key = [kind, pool, residual]
+    for each in tensors:
+        key += (None,) if each is None else (each.shape, each.stride(), each.dtype)
+    return tuple(key)
 
 
 def known_call(key: Hashable) -> BlockCall | None:
