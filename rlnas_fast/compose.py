@@ -326,7 +326,8 @@ def make(kind: str, component: Component, *arguments: Any, **fixed: Any) -> Any:
 def find(kind: str, name: str) -> Any:
     """What ``name`` stands for: a line of ``COMPONENTS``, or ``module:attribute`` of the user's."""
     known = COMPONENTS.get(kind, {})
-    if name not in known and ":" not in name:
+    family = name.partition(":")[0] + ":"  # "sb3:" is a family of ours, no module of the user's
+    if name not in known and (family[:-1] == name or any(other.startswith(family) for other in known)):
         raise unknown_name(kind, name, known)
     module_name, _, attribute = known.get(name, name).partition(":")
     if name not in known and str(Path.cwd()) not in sys.path:

@@ -55,9 +55,11 @@ def print_diagnosis(findings: list[Finding], as_json: bool) -> None:
     for finding in findings:
         sign = "[green]yes[/]" if finding.usable else "[red]no[/]" if finding.required else "[yellow]no[/]"
         table.add_row(sign, finding.what, finding.detail)
-    Console().print(table)
+    Console(emoji=False).print(table)
     ready = all(finding.usable for finding in findings if finding.required)
-    Console().print("A CPU search can run." if ready else "A search cannot run yet.", highlight=False)
+    Console(emoji=False).print(
+        "A CPU search can run." if ready else "A search cannot run yet.", highlight=False
+    )
 
 
 def _check(what: str, look: Callable[[], str], required: bool = False) -> Finding:

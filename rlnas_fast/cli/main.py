@@ -346,4 +346,4 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 def _stderr() -> Console:
-    return Console(stderr=True)
+    return Console(stderr=True, emoji=False)

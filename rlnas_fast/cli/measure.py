@@ -74,7 +74,7 @@ def _print(cost: ModuleCost) -> None:
         table.add_row("clock", f"{cost.clock_mhz} MHz", "")
     table.add_row("FLOPs", f"{cost.flops:,}", "a sample; a multiply-add is two")
     table.add_row("parameters", f"{cost.parameters:,}", "")
-    console = Console()
+    console = Console(emoji=False)
     console.print(table)
     for name, reason in cost.unknown.items():
         console.print(f"unknown: {name.removesuffix('_j')}: {reason}", highlight=False, markup=False)

@@ -22,7 +22,7 @@ class Screen:
 
     def __init__(self, quiet: bool) -> None:
         """``quiet`` draws nothing even on a terminal."""
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, emoji=False)
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
             TimeElapsedColumn(), TextColumn("eta"), Eta(), TextColumn("{task.fields[best]}"),

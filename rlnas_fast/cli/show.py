@@ -18,7 +18,7 @@ from ..storage.sqlite_log import SqliteLog
 
 def print_result(result: RunResult) -> None:
     """Prints the front, the chosen network and where everything is."""
-    console = Console()
+    console = Console(emoji=False)
     summary = result.summary
     config = saved_config(result.folder)
     console.print(
@@ -79,7 +79,7 @@ def show_run(folder: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(state, indent=2))
         return
-    console = Console()
+    console = Console(emoji=False)
     result = RunResult(folder, trials, front_of(trials), None, None, {})
     console.print(front_table(trials, _space_of(config, result)))
     console.print(

@@ -73,6 +73,8 @@ def test_a_file_a_flag_and_set(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         (["search", "--objectives=accuracy,speed"], "unknown objective 'speed'"),
         (["search", "--objectives=accuracy,memory", "--device=cpu"], "peak_memory_bytes"),
         (["search", "--objectives=accuracy,latency", "--targets=1,2"], "give one of them"),
+        (["search", "--strategy=sb3:pqo"], "unknown strategy 'sb3:pqo': did you mean 'sb3:ppo'"),
+        (["search", "--strategy=ppo", "--set", "strategy.epsilon=a"], "start:end:trials"),  # no emoji
         (["search", "--config=missing.toml"], "missing.toml"),
         (["search", "--out=/proc/nowhere"], "/proc/nowhere"),
         (["search", "--no-such-flag"], "no-such-flag"),
