@@ -244,7 +244,40 @@ void multiply_chunk(const Rows& rows, const float* panel, int64_t first, int64_t
   }
 }
 
-// Fewer examples than lanes: lanes take nonzeros instead.
+// The products of one row of the weight with one example, spread over the lanes.
+inline Vector gather_row(const Rows& rows, int64_t n, const float* x) {
+  Vector acc = {};
+  int32_t t = rows.start[n];
+  const int32_t end = rows.start[n + 1];
+#if defined(__AVX512F__)
+  for (; t < end; t += kLanes) {  // the arrays have room for a whole vector past their end
+    const int left = std::min(kLanes, end - t);
+    const __mmask16 valid = static_cast<__mmask16>((1u << left) - 1);
+    const __m512i index = _mm512_maskz_cvtepu16_epi32(
+        valid, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows.indices + t)));
+    // The masked forms, because GCC warns of the undefined lanes of the others.
+    const Vector gathered = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, index, x, 4);
+    const Vector values = _mm512_maskz_loadu_ps(valid, rows.values + t);
+    acc += values * gathered;
+  }
+#else
+  for (; t + kLanes <= end; t += kLanes) {
+#if defined(__AVX2__)
+    const __m256i index =
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows.indices + t)));
+    const Vector gathered = _mm256_i32gather_ps(x, index, 4);
+#else
+    Vector gathered;
+    for (int j = 0; j < kLanes; ++j) gathered[j] = x[rows.indices[t + j]];
+#endif
+    acc += load(rows.values + t) * gathered;
+  }
+  for (int j = 0; t < end; ++t, ++j) acc[j] += rows.values[t] * x[rows.indices[t]];
+#endif
+  return acc;
+}
+
+// Fewer examples than lanes: lanes take nonzeros instead, and are summed for as many rows as there are lanes.
 template <class T>
 void multiply_few(const Matrix& x, int64_t out, const Rows& rows, const int32_t* permutation, const Output& y,
                   float* scratch, int threads) {
@@ -253,33 +286,20 @@ void multiply_few(const Matrix& x, int64_t out, const Rows& rows, const int32_t*
     for (int64_t k = 0; k < x.cols; ++k)
       scratch[b * x.cols + k] = to_float(data[b * x.stride + (permutation ? permutation[k] : k)]);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t n = 0; n < out; ++n)
+  for (int64_t n = 0; n < out; n += kLanes) {
+    const int count = static_cast<int>(std::min<int64_t>(kLanes, out - n));
+    alignas(64) float sums[kLanes];
     for (int64_t b = 0; b < x.rows; ++b) {
-      const float* row = scratch + b * x.cols;
-      float total = 0;
-      int32_t t = rows.start[n];
-      const int32_t end = rows.start[n + 1];
-      Vector acc = {};
-      for (; t + kLanes <= end; t += kLanes) {
-#if defined(__AVX512F__)
-        // The masked forms, because GCC warns of the undefined lanes of the others.
-        const __m512i index = _mm512_maskz_cvtepu16_epi32(
-            0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows.indices + t)));
-        const Vector gathered = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, index, row, 4);
-#elif defined(__AVX2__)
-        const __m256i index =
-            _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows.indices + t)));
-        const Vector gathered = _mm256_i32gather_ps(row, index, 4);
-#else
-        Vector gathered;
-        for (int j = 0; j < kLanes; ++j) gathered[j] = row[rows.indices[t + j]];
-#endif
-        acc += load(rows.values + t) * gathered;
-      }
-      total = sum(acc);
-      for (; t < end; ++t) total += rows.values[t] * row[rows.indices[t]];
-      write_block<T>(&total, 1, b, 1, n, 1, y, out);
+      Vector lanes[kLanes];
+      for (int r = 0; r < kLanes; ++r)
+        lanes[r] = r < count ? gather_row(rows, n + r, scratch + b * x.cols) : Vector{};
+      transpose(lanes);
+      for (int half = kLanes / 2; half; half /= 2)
+        for (int r = 0; r < half; ++r) lanes[r] += lanes[r + half];
+      store(sums, lanes[0]);
+      write_block<T>(sums, kLanes, b, 1, n, count, y, out);
     }
+  }
 }
 
 template <int V, class T>
