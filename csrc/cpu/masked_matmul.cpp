@@ -6,7 +6,12 @@
 
 #include <algorithm>
 #include <array>
+#include <string>
 #include <tuple>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace py = pybind11;
 
@@ -78,6 +83,53 @@ void fill_lists(const uint8_t* state, int64_t tiles_n, int64_t tiles_k, int32_t*
         }
 }
 
+// A packed weight with all that its kernel must know, so that a call hands over little but x and y.
+class PackedProduct {
+ public:
+  PackedProduct(const std::string& kernel, const WeightArgs& w, const RowsArgs& r, Address packed,
+                Address input_permutation, Address output_permutation)
+      : kernel_(kernel == "tiles" ? Kernel::tiles : kernel == "rows" ? Kernel::rows : Kernel::direct),
+        weight_(weight(w)),
+        rows_(rows(r)),
+        packed_(at<const float>(packed)),
+        input_permutation_(at<const int32_t>(input_permutation)),
+        output_permutation_(at<const int32_t>(output_permutation)) {}
+
+  void operator()(Address x, int64_t batch, int64_t stride, Address y, Address bias, Address scratch,
+                  int threads) const {
+    const Matrix in{at<const void>(x), weight_.dtype, batch, weight_.in_features, stride};
+    const Output out{at<void>(y), weight_.dtype, output_permutation_, at<const void>(bias)};
+    float* const room = at<float>(scratch);
+    if (kernel_ == Kernel::rows)
+      RLNAS_DISPATCH(multiply_rows, in, weight_.out_features, rows_, input_permutation_, out, room, threads);
+    else if (kernel_ == Kernel::tiles)
+      RLNAS_DISPATCH(multiply_tiles, in, weight_, false, Kinds::both, packed_, input_permutation_, out, room,
+                     threads);
+    else
+      RLNAS_DISPATCH(multiply_direct, in, weight_, input_permutation_, out, room, threads);
+  }
+
+ private:
+  enum class Kernel { tiles, rows, direct } kernel_;
+  Weight weight_;
+  Rows rows_;
+  const float* packed_;
+  const int32_t* input_permutation_;
+  const int32_t* output_permutation_;
+};
+
+// Memory that was never touched costs a page fault for every 4 KiB; with large pages, for every 2 MiB.
+void ask_for_large_pages(Address data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr Address kPage = Address{1} << 21;
+  const Address first = (data + kPage - 1) / kPage * kPage;
+  const Address last = (data + static_cast<Address>(bytes)) / kPage * kPage;
+  if (first < last) madvise(at<void>(first), last - first, MADV_HUGEPAGE);  // a wish: failure does not matter
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 }  // namespace
 }  // namespace rlnas
 
@@ -142,6 +194,10 @@ void register_masked_matmul(py::module_& module) {
                        at<float>(scratch), threads);
       },
       unlocked);
+  py::class_<PackedProduct>(m, "PackedProduct")
+      .def(py::init<const std::string&, const WeightArgs&, const RowsArgs&, Address, Address, Address>())
+      .def("__call__", &PackedProduct::operator(), unlocked);
+  m.def("ask_for_large_pages", &ask_for_large_pages);
   m.def(
       "pack_int8",
       [](const WeightArgs& w, Address packed, Address corrections, int threads) {

@@ -46,11 +46,17 @@ inline void each_piece_of_row(const Weight& w, const Direction& d, int64_t n, F 
 }
 
 // A row being gathered: room for whole vectors past its end, which the compressed rows themselves do not
-// have.
+// have.  Each thread keeps one.
 struct Gathered {
   uint16_t indices[(1 << 16) + 32];
   float values[(1 << 16) + 32];
 };
+
+Gathered& gathered() {
+  static thread_local std::unique_ptr<Gathered> room;
+  if (!room) room.reset(new Gathered);  // not zeroed
+  return *room;
+}
 
 template <class T>
 inline int32_t append(const Weight& w, int64_t n, int64_t k, uint32_t bits, bool int8, float scale,
@@ -59,6 +65,10 @@ inline int32_t append(const Weight& w, int64_t n, int64_t k, uint32_t bits, bool
   if constexpr (std::is_same_v<T, float>)
     if (!int8) {
       const float* source = static_cast<const float*>(w.data) + n * w.in_features + k;
+      // Masked loads do not set off the CPU's own prefetching: without this, twice the time and more.
+      if (with_values)
+        for (int ahead : {1024, 1024 + kLanes})
+          _mm_prefetch(reinterpret_cast<const char*>(source + ahead), _MM_HINT_T0);
       const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
       for (int half = 0; half < 2; ++half, bits >>= 16) {
         const __mmask16 kept = static_cast<__mmask16>(bits);
@@ -82,6 +92,15 @@ inline int32_t append(const Weight& w, int64_t n, int64_t k, uint32_t bits, bool
   return at;
 }
 
+template <class T>
+int32_t gather_row(const Weight& w, const Direction& d, int64_t n, bool with_values, Gathered& row) {
+  int32_t count = 0;
+  each_piece_of_row(w, d, n, [&](int64_t k, uint32_t bits, bool int8, float scale) {
+    count = append<T>(w, n, k, bits, int8, scale, with_values, row, count);
+  });
+  return count;
+}
+
 // A row belongs to one thread, which counts its weights, and after all have counted writes them.
 template <class T>
 void pack_forward(const Weight& w, const Rows& rows, int threads) {
@@ -98,16 +117,12 @@ void pack_forward(const Weight& w, const Rows& rows, int threads) {
     }
 #pragma omp single
     for (int64_t n = 0; n < d.out; ++n) rows.start[n + 1] += rows.start[n];
-    const std::unique_ptr<Gathered> row(new Gathered);  // not zeroed
+    Gathered& row = gathered();
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < d.out; ++n) {
-      int32_t count = 0;
-      each_piece_of_row(w, d, n, [&](int64_t k, uint32_t bits, bool int8, float scale) {
-        count = append<T>(w, n, k, bits, int8, scale, rows.values != nullptr, *row, count);
-      });
-      std::memcpy(rows.indices + rows.start[n], row->indices, static_cast<size_t>(count) * sizeof(uint16_t));
-      if (rows.values)
-        std::memcpy(rows.values + rows.start[n], row->values, static_cast<size_t>(count) * sizeof(float));
+      const auto count = static_cast<size_t>(gather_row<T>(w, d, n, rows.values != nullptr, row));
+      std::memcpy(rows.indices + rows.start[n], row.indices, count * sizeof(uint16_t));
+      if (rows.values) std::memcpy(rows.values + rows.start[n], row.values, count * sizeof(float));
     }
   }
 }
@@ -145,15 +160,20 @@ void pack_transposed(const Weight& w, const Rows& rows, int threads) {
 #pragma omp for schedule(static)
     for (int part = 0; part < threads; ++part) {
       int32_t* place = places.data() + part * d.in;
-      for (int64_t n = d.out * part / threads; n < d.out * (part + 1) / threads; ++n)
-        each_piece_of_row(w, d, n, [&](int64_t k, uint32_t bits, bool int8, float scale) {
-          for (; bits; bits &= bits - 1) {
-            const int64_t column = k + __builtin_ctz(bits);
-            const int32_t at = place[column]++;
-            rows.indices[at] = static_cast<uint16_t>(n);
-            rows.values[at] = weight_at<T>(w, n, column, int8, scale);
-          }
-        });
+      Gathered& row = gathered();
+      for (int64_t n = d.out * part / threads; n < d.out * (part + 1) / threads; ++n) {
+        const int32_t count = gather_row<T>(w, d, n, true, row);
+        for (int32_t t = 0; t < count; ++t) {  // all ends of columns do not fit the first-level cache
+          const int32_t at = place[row.indices[t]];
+          __builtin_prefetch(rows.indices + at, 1);
+          __builtin_prefetch(rows.values + at, 1);
+        }
+        for (int32_t t = 0; t < count; ++t) {
+          const int32_t at = place[row.indices[t]]++;
+          rows.indices[at] = static_cast<uint16_t>(n);
+          rows.values[at] = row.values[t];
+        }
+      }
     }
   }
 }
@@ -245,7 +265,7 @@ void multiply_chunk(const Rows& rows, const float* panel, int64_t first, int64_t
 }
 
 // The products of one row of the weight with one example, spread over the lanes.
-inline Vector gather_row(const Rows& rows, int64_t n, const float* x) {
+inline Vector gather_products(const Rows& rows, int64_t n, const float* x) {
   Vector acc = {};
   int32_t t = rows.start[n];
   const int32_t end = rows.start[n + 1];
@@ -282,17 +302,20 @@ template <class T>
 void multiply_few(const Matrix& x, int64_t out, const Rows& rows, const int32_t* permutation, const Output& y,
                   float* scratch, int threads) {
   const T* data = static_cast<const T*>(x.data);
-  for (int64_t b = 0; b < x.rows; ++b)
+  const bool in_place = std::is_same_v<T, float> && !permutation;
+  for (int64_t b = 0; b < x.rows && !in_place; ++b)
     for (int64_t k = 0; k < x.cols; ++k)
       scratch[b * x.cols + k] = to_float(data[b * x.stride + (permutation ? permutation[k] : k)]);
-#pragma omp parallel for schedule(static) num_threads(threads)
+  const float* const examples = in_place ? static_cast<const float*>(x.data) : scratch;
+  const int64_t stride = in_place ? x.stride : x.cols;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t n = 0; n < out; n += kLanes) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes, out - n));
     alignas(64) float sums[kLanes];
     for (int64_t b = 0; b < x.rows; ++b) {
       Vector lanes[kLanes];
       for (int r = 0; r < kLanes; ++r)
-        lanes[r] = r < count ? gather_row(rows, n + r, scratch + b * x.cols) : Vector{};
+        lanes[r] = r < count ? gather_products(rows, n + r, examples + b * stride) : Vector{};
       transpose(lanes);
       for (int half = kLanes / 2; half; half /= 2)
         for (int r = 0; r < half; ++r) lanes[r] += lanes[r + half];

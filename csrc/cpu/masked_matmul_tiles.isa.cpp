@@ -283,6 +283,8 @@ static void direct_row(const Weight& w, const Direction& d, const float* x, int6
       const bool in_place = std::is_same_v<T, float> && !int8 && steps % kLanes == 0;
       if (!in_place) fetch_row<T>(w, n, k, steps, int8, int8 ? w.scale[i * d.tiles_in + j] : 1.0f, stage);
       const float* source = in_place ? static_cast<const float*>(w.data) + n * d.in + k : stage;
+      if (in_place && w.bits)  // masked loads do not set off the CPU's own prefetching
+        for (int line = 0; line < 32; line += 16) __builtin_prefetch(source + 1024 + line);
 #pragma GCC unroll 8
       for (int c = 0; c < steps; c += kLanes) {
         Vector weights = load(source + c);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "pack",
     "pack_fastest",
     "pack_mask",
+    "takes",
     "unavailable_reason",
     "update_lists",
 ]
@@ -37,6 +39,8 @@ DIRECT_ROWS = 8  # the most rows of x that the kernel without packing takes
 _ONE_THREAD_PRODUCTS = 1 << 17  # some ten microseconds of work; the kernels for few rows take longer for each
 _ONE_THREAD_PRODUCTS_FEW = 1 << 14
 _WORTH_A_TRIAL = 3.0  # times the least estimate
+_ALWAYS_TRIED = 1e-4  # seconds: estimates of so little are rough
+_LARGE = 1 << 22  # bytes from which new memory is asked for in large pages
 _TRIALS, _TRIAL_SECONDS = 20, 0.03
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -62,39 +66,47 @@ class Packed(NamedTuple):
     mask: TileTensors
     weight: torch.Tensor
     buffers: tuple[torch.Tensor, ...]
-    arguments: tuple[object, ...]  # weight and mask as the compiled kernels take them
+    nonzeros: int
+    product: Callable[..., None] | None = None  # the compiled kernel with weight and mask; None: dense
 
 
-def pack(weight: torch.Tensor, mask: TileTensors, kernel: str, *, transposed: bool = False) -> Packed:
+def pack(weight: torch.Tensor, mask: TileTensors, kernel: str) -> Packed:
     """Brings a masked weight into a kernel's form; later changes of weight or mask do not reach it.
 
     Args:
         weight: [N, K], contiguous.
         mask: its mask.
         kernel: one of ``KERNELS``.
-        transposed: for the gradient to x.
     """
     weight = weight.detach().contiguous()
     frozen = mask.map(torch.Tensor.clone)
+    nonzeros = int(mask.stats[2])
     if kernel == "dense":
         dense = effective_weight(weight, mask)
         prepacked = dense.dtype == torch.float32 and dense.numel() and torch.backends.mkldnn.is_available()
-        return Packed(kernel, frozen, dense, (dense.to_mkldnn(),) if prepacked else (), ())
+        return Packed(kernel, frozen, dense, (dense.to_mkldnn(),) if prepacked else (), nonzeros)
+    buffers: tuple[torch.Tensor, ...] = ()
     if kernel == "tiles":
-        buffer = torch.empty(_tile_floats(mask, transposed), dtype=torch.float32)
+        buffers = (torch.empty(_tile_floats(mask, False), dtype=torch.float32),)
         threads = torch.get_num_threads()
-        _kernels().pack_tiles(_weight(weight, mask), transposed, BOTH, buffer.data_ptr(), threads)
-        return Packed(kernel, frozen, weight, (buffer,), _weight(weight, frozen))
-    if kernel == "rows":
-        return Packed(kernel, frozen, weight, _pack_rows(weight, mask, transposed, fresh=True), ())
-    applied = effective_weight(weight, mask)
-    return Packed("direct", frozen, applied, (), _weight(applied, frozen))
+        _kernels().pack_tiles(_weight(weight, mask), False, BOTH, buffers[0].data_ptr(), threads)
+    elif kernel == "rows":
+        buffers = _pack_rows(weight, mask, False, fresh=True)
+    else:
+        weight = effective_weight(weight, mask)
+    product = _kernels().PackedProduct(
+        *(kernel, _weight(weight, frozen), tuple(map(_address, buffers)) if kernel == "rows" else (0, 0, 0)),
+        *(_address(buffers[0]) if kernel == "tiles" else 0, _address(frozen.input_permutation)),
+        _address(frozen.output_permutation),
+    )
+    return Packed(kernel, frozen, weight, buffers, nonzeros, product)
 
 
 def pack_fastest(weight: torch.Tensor, mask: TileTensors, batch: int) -> Packed:
     """Packs a weight for every kernel that may be the fastest, times them, and keeps one."""
     seconds = cost_model.estimates("forward_packed", batch, mask, weight.dtype)
-    hopeful = [kernel for kernel, s in seconds.items() if s <= _WORTH_A_TRIAL * min(seconds.values())]
+    limit = max(_WORTH_A_TRIAL * min(seconds.values()), _ALWAYS_TRIED)
+    hopeful = [kernel for kernel, s in seconds.items() if s <= limit]
     packed = [pack(weight, mask, kernel) for kernel in hopeful]
     if len(packed) == 1:
         return packed[0]
@@ -110,23 +122,36 @@ def pack_fastest(weight: torch.Tensor, mask: TileTensors, batch: int) -> Packed:
     return packed[best.index(min(best))]
 
 
+def takes(packed: Packed, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Says whether ``forward_packed`` can be called as it is; quick, since products take microseconds."""
+    weight = packed.weight
+    return (
+        x.dtype is weight.dtype
+        and x.dim() == 2
+        and x.shape[1] == weight.shape[1]
+        and x.is_cpu
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and (packed.kernel != "direct" or x.shape[0] <= DIRECT_ROWS)
+        and (bias is None or (bias.dtype is x.dtype and bias.is_cpu and bias.shape == weight.shape[:1]))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def forward_packed(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
     """Computes the product with a packed weight; x [B, K], y [B, N]."""
+    batch, weight = x.shape[0], packed.weight
+    if packed.product is None:
+        if packed.buffers and batch > DIRECT_ROWS:  # oneDNN's own packing; it does not pay for a few rows
+            weight = packed.buffers[0]
+        return _dense(x, weight, packed.mask, bias)
     x, bias = _rows_adjacent(x), None if bias is None else bias.contiguous()
-    mask = packed.mask
-    if packed.kernel == "dense":
-        if (
-            packed.buffers and x.shape[0] > DIRECT_ROWS
-        ):  # oneDNN's own packing; it does not pay for a few rows
-            return _dense(x, packed.buffers[0], mask, bias)
-        return _dense(x, packed.weight, mask, bias)
-    y = x.new_empty(x.shape[0], mask.shape[0])
-    if packed.kernel == "tiles":
-        _multiply_tiles(x, packed.arguments, mask, False, BOTH, packed.buffers[0], y, bias)
-    elif packed.kernel == "rows":
-        _multiply_rows(x, mask, False, packed.buffers, y, bias)
-    else:
-        _multiply_direct(x, packed.arguments, mask, y, bias)
+    rows, cols = weight.shape
+    y = x.new_empty(batch, rows)
+    scratch = _workspace("x", (batch + 128) * (cols + 32))
+    packed.product(
+        *(x.data_ptr(), batch, x.stride(0), y.data_ptr(), _address(bias), scratch.data_ptr()),
+        _threads(batch, packed.nonzeros),
+    )
     return y
 
 
@@ -191,6 +216,8 @@ def grad_weight(
         return _apply(grad_y.t() @ x, mask)
     batch, (rows, cols) = x.shape[0], mask.shape
     grad_w = x.new_empty(rows, cols)
+    if (size := rows * cols * x.element_size()) >= _LARGE:
+        _kernels().ask_for_large_pages(grad_w.data_ptr(), size)
     threads = torch.get_num_threads()
     permutations = (_address(mask.output_permutation), _address(mask.input_permutation))
     if kernel == "tiles":
@@ -304,7 +331,7 @@ def _multiply_tiles(
     scratch = _workspace("x", x.numel() + 32)
     _kernels().multiply_tiles(
         *(_matrix(x), weight, transposed, kinds, _address(packed), _address(read)),
-        *(_output(y, written, bias), scratch.data_ptr(), _threads(x, mask)),
+        *(_output(y, written, bias), scratch.data_ptr(), _threads(x.shape[0], mask.stats.tolist()[2])),
     )
 
 
@@ -347,7 +374,7 @@ def _multiply_rows(
     start, indices, values = (buffer.data_ptr() for buffer in rows)
     _kernels().multiply_rows(
         *(_matrix(x), y.shape[1], (start, indices, values), _address(read), _output(y, written, bias)),
-        *(scratch.data_ptr(), _threads(x, mask)),
+        *(scratch.data_ptr(), _threads(x.shape[0], mask.stats.tolist()[2])),
     )
 
 
@@ -363,14 +390,18 @@ def _multiply_direct(
     scratch = _workspace("x", x.shape[0] * (x.shape[1] + 32))
     _kernels().multiply_direct(
         *(_matrix(x), weight, _address(mask.input_permutation)),
-        *(_output(y, mask.output_permutation, bias), scratch.data_ptr(), _threads(x, mask)),
+        *(
+            _output(y, mask.output_permutation, bias),
+            scratch.data_ptr(),
+            _threads(x.shape[0], mask.stats.tolist()[2]),
+        ),
     )
 
 
-def _threads(x: torch.Tensor, mask: TileTensors) -> int:
+def _threads(batch: int, nonzeros: int) -> int:
     """Returns one thread where waking the others would cost more than they save."""
-    limit = _ONE_THREAD_PRODUCTS if x.shape[0] > DIRECT_ROWS else _ONE_THREAD_PRODUCTS_FEW
-    return torch.get_num_threads() if x.shape[0] * mask.stats.tolist()[2] > limit else 1
+    limit = _ONE_THREAD_PRODUCTS if batch > DIRECT_ROWS else _ONE_THREAD_PRODUCTS_FEW
+    return torch.get_num_threads() if batch * nonzeros > limit else 1
 
 
 def _kernels():  # type: ignore[no-untyped-def]

@@ -72,8 +72,8 @@ def masked_matmul(
         backend: ``"auto"`` asks this device's measured cost model; else ``"dense"`` (mask fused into a dense
             product's weight), ``"tiles"``, ``"rows"`` (unstructured), ``"direct"`` (at most 8 rows of x,
             nothing is packed), ``"reference"``, on a GPU ``"triton"`` or ``"cuda"``.
-        packed: what ``pack`` made of this weight and mask, to skip that work; no gradients.  It is not
-            compared with weight and mask: make it anew when they change.
+        packed: what ``pack`` made of this weight and mask, to skip that work; no gradients.  Weight and mask
+            are then not looked at: make it anew when they change.
 
     Returns:
         [..., N] in x's dtype, contiguous.
@@ -86,6 +86,8 @@ def masked_matmul(
     Source: the product of Gray et al. (2017), GPU kernels for block-sparse weights, and its sampled
     dense-dense gradient; here the mask is an argument, so it may change at every call.
     """
+    if packed is not None and cpu.takes(packed, x, bias):
+        return cpu.forward_packed(x, packed, bias)
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias)
     check_backend(backend, x.device)
