@@ -334,6 +334,31 @@ def test_packed_products_equal_unpacked_ones(kernel):
         masked_matmul(x.requires_grad_(), weight, mask, packed=packed)
 
 
+@pytest.mark.parametrize("kernel", ["dense", "tiles", "rows", "direct"])
+def test_packed_products_take_any_strides_and_refuse_what_does_not_fit(kernel):
+    mask, weight = make_mask("bits", 45, 70, (16, 32)), torch.randn(45, 70)
+    packed = pack(weight, mask, backend=kernel)
+    bias = torch.randn(45, 2)[:, 0]
+    wide = torch.randn(3, 2, 71)
+    for x in (wide[0, :1, :70], wide[0, :, 1:], torch.randn(70, 5).t(), wide[..., 1:], torch.randn(0, 70)):
+        ours = masked_matmul(x, weight, mask, bias, packed=packed)
+        torch.testing.assert_close(ours, masked_matmul(x, weight, mask, bias, backend="reference"))
+    with pytest.raises(ShapeError, match="x must end in 70"):
+        masked_matmul(torch.randn(1, 69), weight, mask, packed=packed)
+    with pytest.raises(ShapeError, match="bias must be"):
+        masked_matmul(torch.randn(1, 70), weight, mask, torch.randn(44), packed=packed)
+    with pytest.raises(ConfigError):
+        masked_matmul(torch.randn(1, 70).bfloat16(), weight, mask, packed=packed)
+
+
+@pytest.mark.parametrize("kernel", ["tiles", "rows"])
+def test_a_gradient_of_many_megabytes(kernel):
+    mask = TileMask.from_scores(torch.rand(1100, 1030), 0.05)
+    grad, x = torch.randn(9, 1100), torch.randn(9, 1030)
+    ours = kernels.grad_weight(grad, x, mask.tensors, kernel)
+    torch.testing.assert_close(ours, (grad.t() @ x) * mask.dense())
+
+
 def test_the_cost_model_is_measured_once_and_says_what_it_chose(monkeypatch):
     sparse = TileMask.from_scores(torch.rand(1024, 1024), 0.02, whole_tiles=True)
     told = plan(256, sparse)
