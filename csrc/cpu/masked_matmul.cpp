@@ -9,10 +9,6 @@
 #include <string>
 #include <tuple>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace py = pybind11;
 
 namespace rlnas {
@@ -118,18 +114,6 @@ class PackedProduct {
   const int32_t* output_permutation_;
 };
 
-// Memory that was never touched costs a page fault for every 4 KiB; with large pages, for every 2 MiB.
-void ask_for_large_pages(Address data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr Address kPage = Address{1} << 21;
-  const Address first = (data + kPage - 1) / kPage * kPage;
-  const Address last = (data + static_cast<Address>(bytes)) / kPage * kPage;
-  if (first < last) madvise(at<void>(first), last - first, MADV_HUGEPAGE);  // a wish: failure does not matter
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 }  // namespace
 }  // namespace rlnas
 
@@ -197,7 +181,6 @@ void register_masked_matmul(py::module_& module) {
   py::class_<PackedProduct>(m, "PackedProduct")
       .def(py::init<const std::string&, const WeightArgs&, const RowsArgs&, Address, Address, Address>())
       .def("__call__", &PackedProduct::operator(), unlocked);
-  m.def("ask_for_large_pages", &ask_for_large_pages);
   m.def(
       "pack_int8",
       [](const WeightArgs& w, Address packed, Address corrections, int threads) {

@@ -40,7 +40,6 @@ _ONE_THREAD_PRODUCTS = 1 << 17  # some ten microseconds of work; the kernels for
 _ONE_THREAD_PRODUCTS_FEW = 1 << 14
 _WORTH_A_TRIAL = 3.0  # times the least estimate
 _ALWAYS_TRIED = 1e-4  # seconds: estimates of so little are rough
-_LARGE = 1 << 22  # bytes from which new memory is asked for in large pages
 _TRIALS, _TRIAL_SECONDS = 20, 0.03
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -216,8 +215,6 @@ def grad_weight(
         return _apply(grad_y.t() @ x, mask)
     batch, (rows, cols) = x.shape[0], mask.shape
     grad_w = x.new_empty(rows, cols)
-    if (size := rows * cols * x.element_size()) >= _LARGE:
-        _kernels().ask_for_large_pages(grad_w.data_ptr(), size)
     threads = torch.get_num_threads()
     permutations = (_address(mask.output_permutation), _address(mask.input_permutation))
     if kernel == "tiles":
