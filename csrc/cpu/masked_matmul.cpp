@@ -84,7 +84,9 @@ class PackedProduct {
  public:
   PackedProduct(const std::string& kernel, const WeightArgs& w, const RowsArgs& r, Address packed,
                 Address input_permutation, Address output_permutation)
-      : kernel_(kernel == "tiles" ? Kernel::tiles : kernel == "rows" ? Kernel::rows : Kernel::direct),
+      : kernel_(kernel == "tiles"  ? Kernel::tiles
+                : kernel == "rows" ? Kernel::rows
+                                   : Kernel::direct),
         weight_(weight(w)),
         rows_(rows(r)),
         packed_(at<const float>(packed)),
