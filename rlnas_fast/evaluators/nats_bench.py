@@ -33,7 +33,7 @@ def import_nats_bench(
     The package ``nats_bench`` is imported here and nowhere else, and reads its own file, which is a
     pickle: a pickle can run code, so give only a file from the authors.
 
-    Source: Dong et al., NATS-Bench (2021), and the interface of version 1.8 of its package.
+    Source: Dong et al., NATS-Bench (2021), and the public interface of its package.
 
     Args:
         source: the folder NATS-tss-...-simple, or the single file.
