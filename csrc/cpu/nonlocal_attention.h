@@ -25,17 +25,19 @@ struct BlockShape {
   int threads;
 };
 
-// Dense row-major weights [D][C], [D][C], [E][C], [C][E] and biases, all of one dtype; a null bias is 0.
+// Dense row-major weights [D][C], [D][C], [E][C], [C][E] and biases, all of one dtype; a null bias is 0. Null
+// theta and phi are the identity (the Gaussian kind, D = C): x itself is compared.
 struct BlockWeights {
   DType dtype;
   const void *theta, *phi, *g, *out;
   const void *theta_bias, *phi_bias, *g_bias, *out_bias;
 };
 
-// What the backward needs, float32: projections [B][N][2D+E]; attention [B][N][E] and log-sum-exp [B][N] for
-// softmax, sum_j g_j phi_j^T / M [B][E][D] in place of attention for dot product; for pooled keys the winning
-// place within each window [B][M][D+E]; and for the softmax of small float32 images the terms exp(logit -
-// maximum) [B][M][64 queries], beside which lse holds the inverse of their sums.
+// What the backward needs, float32: projections [B][N][2D+E], or x and g [B][N][C+E] where x is compared;
+// attention [B][N][E] and log-sum-exp [B][N] for softmax, sum_j g_j phi_j^T / M [B][E][D] in place of
+// attention for dot product; for pooled keys the winning place within each window [B][M][D+E]; and for the
+// softmax of small float32 images the terms exp(logit - maximum) [B][M][64 queries], beside which lse holds
+// the inverse of their sums.
 struct BlockSaved {
   float *projections, *attention, *lse;
   uint8_t* winners;

@@ -46,7 +46,7 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
   if (bf16_block_serves(shape, x)) return bf16_block_forward(shape, weights, x, z, saved);
   const Block k(shape, weights);
   std::vector<float> projection_panels, out_panels;
-  const Right project = packed(k.projection.data(), k.C, k.L, true, projection_panels);
+  const Right project = packed(k.projection.data(), k.C, k.W, true, projection_panels);
   const Right output = packed(k.out.data(), k.E, k.C, true, out_panels);
   const bool small = k.N <= kSmall && (saved.terms || !saved.lse);
   const int64_t size = small ? kSmall : kForwardTile;
@@ -80,8 +80,10 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
     share(team, blocks_of(k.N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, k.N);
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * k.C));
-      gemm<Order::row_major>(r.count(), k.L, k.C, {from.data, from.ld}, project,
-                             {rows + r.first * k.L, k.L, k.has_bias ? k.bias.data() : nullptr, 0}, ahead);
+      k.copy_own(from, r.count(), rows + r.first * k.L);
+      gemm<Order::row_major>(r.count(), k.W, k.C, {from.data, from.ld}, project,
+                             {rows + r.first * k.L + k.Q, k.L, k.has_bias ? k.bias.data() : nullptr, 0},
+                             ahead);
     });
     if (k.pools())
       share(team, blocks_of(k.M, kRowBlock),
@@ -122,7 +124,7 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
   const Block k(shape, weights);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
   std::vector<float> projection_panels, out_panels;
-  const Right project_back = packed(k.projection.data(), L, C, false, projection_panels);
+  const Right project_back = packed(k.projection.data(), k.W, C, false, projection_panels);
   const Right output_back = packed(k.out.data(), C, E, false, out_panels);
   WeightSums sums(k, shape.threads);
   TeamBuffers shared(shape.threads);
@@ -147,13 +149,13 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
     }
     float* grads = team ? shared.rows.data() : scratch<kFree>(N * L);
     float* pooled = !k.pools() ? nullptr : team ? shared.keys.data() : scratch<kFree + 1>(M * width);
-    const bool apart = team || k.pools();  // gradients of keys are summed beside those of the projections
+    const bool apart = team || k.pools() || k.Q;  // gradients of keys are summed beside those of the rows
     float* key_sums = apart ? shared.key_sums[thread] = scratch<kFree + 2>(M * width) : nullptr;
     if (apart) std::memset(key_sums, 0, sizeof(float) * M * width);
     if (k.pools())
       share(team, M, [&](int64_t m) {
         for (int64_t c = 0; c < width; c++)
-          pooled[m * width + c] = rows[k.position(m, winners[m * width + c]) * L + D + c];
+          pooled[m * width + c] = rows[k.position(m, winners[m * width + c]) * L + k.K + c];
       });
     const KeyValue keys = k.keys_of(rows, pooled);
     const KeyValue grad_keys = apart ? KeyValue{{key_sums, width}, {key_sums + D, width}, M}
@@ -176,14 +178,14 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
     if (apart) {
       share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
         const Range r(block, kRowBlock, N);
-        for (int64_t n = r.first; n < r.last; n++) std::memset(grads + n * L + D, 0, sizeof(float) * width);
+        for (int64_t n = r.first; n < r.last; n++) std::memset(grads + n * L + D, 0, sizeof(float) * (L - D));
       });
       const std::vector<float*> parts = team ? shared.key_sums : std::vector<float*>{key_sums};
       share(team, M, [&](int64_t m) {
         for (const float* part : parts) {
           if (!part) continue;
           for (int64_t c = 0; c < width; c++)
-            grads[k.position(m, winners ? winners[m * width + c] : 0) * L + D + c] += part[m * width + c];
+            grads[k.position(m, winners ? winners[m * width + c] : 0) * L + k.K + c] += part[m * width + c];
         }
       });
     }
@@ -194,8 +196,13 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
       const Rows attention{saved.attention + (b * N + r.first) * E, E}, grad_rows{grads + r.first * L, L};
       sums.add(thread, r.count(), from, grad, attention, grad_rows, ahead);
       const Rows to = result.target(r.first, scratch<kOut>(kRowBlock * std::max(C, E)));
-      gemm<Order::row_major>(r.count(), C, L, {grad_rows.data, L}, project_back,
-                             {to.data, to.ld, shape.residual ? grad.data : nullptr, grad.ld}, ahead);
+      Rows init{shape.residual ? grad.data : nullptr, grad.ld};
+      if (k.Q) {  // what came to x itself
+        if (shape.residual) add_rows(grad, r.count(), C, grad_rows);
+        init = grad_rows;
+      }
+      gemm<Order::row_major>(r.count(), C, k.W, {grad_rows.data + k.Q, L}, project_back,
+                             {to.data, to.ld, init.data, init.ld}, ahead);
       result.finish(r.first, r.last, to);
     });
   };

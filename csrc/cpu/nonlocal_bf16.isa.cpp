@@ -174,6 +174,22 @@ void narrow(const float* from, int64_t count, int64_t columns, HalfRows to) {
     }
 }
 
+void widen(HalfRows from, int64_t count, int64_t columns, Rows to) {
+  for (int64_t n = 0; n < count; n++)
+    for (int64_t c = 0; c < columns; c += kWidth) {
+      const int64_t some = std::min<int64_t>(kWidth, columns - c);
+      store_some(to.at(n) + c, load_half(from.at(n) + c, some), some);
+    }
+}
+
+void add_halves(HalfRows from, int64_t count, int64_t columns, Rows to) {
+  for (int64_t n = 0; n < count; n++)
+    for (int64_t c = 0; c < columns; c += kWidth) {
+      const int64_t some = std::min<int64_t>(kWidth, columns - c);
+      store_some(to.at(n) + c, load_some(to.at(n) + c, some) + load_half(from.at(n) + c, some), some);
+    }
+}
+
 // Pairs of a right operand from float32 weights [depth][columns] or, transposed, [columns][depth].
 class WeightPairs {
  public:
@@ -329,7 +345,7 @@ void bf16_block_forward(const BlockShape& shape, const BlockWeights& given, cons
                         const BlockSaved& saved) {
   const Block k(shape, given);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
-  const WeightPairs project(k.projection, C, L, true), output(k.out, E, C, true);
+  const WeightPairs project(k.projection, C, k.W, true), output(k.out, E, C, true);
   const float *bias = k.has_bias ? k.bias.data() : nullptr,
               *out_bias = k.has_bias ? k.out_bias.data() : nullptr;
   over_whole_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b) {
@@ -340,20 +356,22 @@ void bf16_block_forward(const BlockShape& shape, const BlockWeights& given, cons
                                             : HalfRows{reinterpret_cast<Half*>(scratch<kFree>(N * L)), L};
     const HalfRows means = saved.attention ? saved_rows(saved.attention, b, N, E)
                                            : HalfRows{reinterpret_cast<Half*>(scratch<kOut>(N * E)), E};
-    HalfRows keys{rows.data + D, L};
+    HalfRows keys{rows.data + k.K, L};
+    for (int64_t n = 0; n < (k.Q ? N : 0); n++) std::memcpy(rows.at(n), from.at(n), sizeof(Half) * k.Q);
     if (k.pools()) {  // the winners are found before the rounding, which would make many of them equal
       float *wide = scratch<kFree + 5>(N * L), *pooled = scratch<kFree + 6>(M * width);
       keys = {reinterpret_cast<Half*>(scratch<kFree + 2>(M * width)), width};
       uint8_t* winners = saved.winners ? saved.winners + b * M * width
                                        : reinterpret_cast<uint8_t*>(scratch<kFree + 3>(M * width));
-      pair_gemm<Order::row_major>(N, L, C / 2, left_of(from), project.right(), {wide, nullptr, L});
-      if (bias) add_bias({wide, L}, N, L, bias);
+      widen(rows, N, k.Q, {wide, L});
+      pair_gemm<Order::row_major>(N, k.W, C / 2, left_of(from), project.right(), {wide + k.Q, nullptr, L});
+      if (bias) add_bias({wide + k.Q, L}, N, k.W, bias);
       narrow(wide, N, L, rows);
       k.pool_keys({0, M, M}, wide, pooled, winners);
       narrow(pooled, M, width, keys);
     } else {
-      pair_gemm<Order::row_major>(N, L, C / 2, left_of(from), project.right(),
-                                  {nullptr, rows.data, L, false, nullptr, 0, bias});
+      pair_gemm<Order::row_major>(N, k.W, C / 2, left_of(from), project.right(),
+                                  {nullptr, rows.data + k.Q, L, false, nullptr, 0, bias});
     }
     const RightPairs values =
         pair_panels({keys.data + D, keys.ld}, M, E, scratch<kFree + 1>(panels_size(M, E)));
@@ -374,10 +392,10 @@ void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, con
                          const BlockGradients& gradients) {
   const Block k(shape, given);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
-  const WeightPairs project_back(k.projection, L, C, false), output_back(k.out, C, E, false);
+  const WeightPairs project_back(k.projection, k.W, C, false), output_back(k.out, C, E, false);
   WeightSums sums(k, shape.threads);
   over_whole_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b) {
-    float *projection = sums.part(omp_get_thread_num()), *out = projection + L * C, *bias = out + C * E;
+    float *projection = sums.part(omp_get_thread_num()), *out = projection + k.W * C, *bias = out + C * E;
     const Image image(x, b, C, shape.space), upstream(grad_z, b, C, shape.space),
         result(grad_x, b, C, shape.space);
     const HalfRows from = half_rows(image, N, C, scratch<kFree + 3>(N * C)),
@@ -388,12 +406,12 @@ void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, con
     const HalfRows grad_means{reinterpret_cast<Half*>(scratch<kOut>(N * E)), E};
     const HalfRows grads{reinterpret_cast<Half*>(scratch<kFree>(N * L)), L};
     const uint8_t* winners = saved.winners ? saved.winners + b * M * width : nullptr;
-    HalfRows keys{rows.data + D, L};
+    HalfRows keys{rows.data + k.K, L};
     if (k.pools()) {
       keys = {reinterpret_cast<Half*>(scratch<kFree + 5>(M * width)), width};
       for (int64_t m = 0; m < M; m++)
         for (int64_t c = 0; c < width; c++)
-          keys.at(m)[c] = rows.at(k.position(m, winners[m * width + c]))[D + c];
+          keys.at(m)[c] = rows.at(k.position(m, winners[m * width + c]))[k.K + c];
     }
     float *grad_key = scratch<kFree + 1>(M * width), *grad_value = grad_key + M * D;
     std::memset(grad_key, 0, sizeof(float) * M * width);
@@ -406,31 +424,46 @@ void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, con
                             std::min(kBackwardTile, N - i), D, E, keys, {keys.data + D, keys.ld}, M,
                             key_pairs, {grads.at(i), L}, grad_key, grad_value);
     if (k.pools()) {
-      for (int64_t n = 0; n < N; n++) std::memset(grads.at(n) + D, 0, sizeof(Half) * width);
-      narrow(grad_key, M, D, keys);  // the keys have been used
+      for (int64_t n = 0; n < N; n++) std::memset(grads.at(n) + D, 0, sizeof(Half) * (L - D));
+      const int64_t first = k.Q ? D : 0;  // what is added to the gradient of the queries comes below
+      narrow(grad_key, M, D, keys);       // the keys have been used
       narrow(grad_value, M, E, {keys.data + D, keys.ld});
       for (int64_t m = 0; m < M; m++)
-        for (int64_t c = 0; c < width; c++)
-          grads.at(k.position(m, winners[m * width + c]))[D + c] = keys.at(m)[c];
+        for (int64_t c = first; c < width; c++)
+          grads.at(k.position(m, winners[m * width + c]))[k.K + c] = keys.at(m)[c];
     } else {
-      narrow(grad_key, N, D, {grads.data + D, L});
-      narrow(grad_value, N, E, {grads.data + 2 * D, L});
+      if (!k.Q) narrow(grad_key, N, D, {grads.data + D, L});
+      narrow(grad_value, N, E, {grads.data + L - E, L});
     }
-    pair_gemm<Order::row_major>(
-        N, C, L / 2, left_of(grads), project_back.right(),
-        {nullptr, to.data, to.ld, false, shape.residual ? grad.data : nullptr, grad.ld});
+    HalfRows init{shape.residual ? grad.data : nullptr, grad.ld};
+    if (k.Q) {  // what came to x itself, summed before it is rounded
+      const Rows own{scratch<kFree + 6>(N * C), C};
+      widen(grads, N, C, own);
+      if (shape.residual) add_halves(grad, N, C, own);
+      for (int64_t m = 0; m < M; m++)
+        if (k.pools())
+          for (int64_t c = 0; c < D; c++)
+            own.at(k.position(m, winners[m * width + c]))[c] += grad_key[m * D + c];
+        else
+          add_rows({grad_key + m * D, D}, 1, D, {own.at(m), C});
+      narrow(own.data, N, C, grads);
+      init = grads;
+    }
+    pair_gemm<Order::row_major>(N, C, k.W / 2, left(grads.data + k.Q, L), project_back.right(),
+                                {nullptr, to.data, to.ld, false, init.data, init.ld});
     finish(result, to, N, C);
-    Pair* lefts = reinterpret_cast<Pair*>(scratch<kFree + 5>(pairs * std::max(C, L)));
+    Pair* lefts = reinterpret_cast<Pair*>(scratch<kFree + 5>(pairs * std::max(C, k.W)));
     float* rights = scratch<kFree + 2>(panels_size(N, std::max(C, E)));
-    interleave(grads, N, L, lefts, L);
-    pair_gemm<Order::depth_major>(L, C, pairs, {lefts, L}, pair_panels(from, N, C, rights),
+    const HalfRows projected{grads.data + k.Q, L};
+    interleave(projected, N, k.W, lefts, k.W);
+    pair_gemm<Order::depth_major>(k.W, C, pairs, {lefts, k.W}, pair_panels(from, N, C, rights),
                                   {projection, nullptr, C, true});
     interleave(grad, N, C, lefts, C);
     pair_gemm<Order::depth_major>(C, E, pairs, {lefts, C}, pair_panels(means, N, E, rights),
                                   {out, nullptr, E, true});
     if (k.has_bias) {
-      add_half_columns(grads, N, L, bias);
-      add_half_columns(grad, N, C, bias + L);
+      add_half_columns(projected, N, k.W, bias);
+      add_half_columns(grad, N, C, bias + k.W);
     }
   });
   sums.store(gradients);

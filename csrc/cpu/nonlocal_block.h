@@ -114,6 +114,11 @@ void add_columns(Rows rows, int64_t count, int64_t columns, float* total) {
   }
 }
 
+[[maybe_unused]] void add_rows(Rows from, int64_t count, int64_t columns, Rows to) {
+  for (int64_t n = 0; n < count; n++)
+    for (int64_t c = 0; c < columns; c++) to.at(n)[c] += from.at(n)[c];
+}
+
 void add_bias(Rows rows, int64_t count, int64_t columns, const float* bias) {
   for (int64_t n = 0; n < count; n++)
     for (int64_t c = 0; c < columns; c++) rows.at(n)[c] += bias[c];
@@ -144,11 +149,12 @@ Right packed(const float* from, int64_t depth, int64_t columns, bool transposed,
   return {buffer.data(), kPanel, stride};
 }
 
-// The block's sizes, and its weights in float32: projection [L][C] of theta, phi and g in turn, and out
-// [C][E].
+// The block's sizes, and its weights in float32: projection [W][C] of theta, phi and g in turn, and out
+// [C][E].  An image's rows have L columns: Q that are x itself, then W projected ones; the keys, followed by
+// the values, start at column K.
 struct Block {
   const BlockShape& shape;
-  int64_t C, D, E, L, N, M, pooled[3];
+  int64_t C, D, E, Q, K, L, W, N, M, pooled[3];
   bool has_bias;
   std::vector<float> projection, bias, out, out_bias;
 
@@ -157,25 +163,30 @@ struct Block {
         C(s.channels),
         D(s.inner),
         E(s.value),
-        L(2 * D + E),
+        Q(w.theta ? 0 : C),
+        K(w.theta ? D : 0),
+        L(K + D + E),
+        W(L - Q),
         N(1),
         M(1),
-        has_bias(w.theta_bias || w.out_bias) {
+        has_bias(w.theta_bias || w.phi_bias || w.g_bias || w.out_bias) {
     for (int i = 0; i < 3; i++) {
       pooled[i] = s.space[i] / s.pool[i];
       N *= s.space[i];
       M *= pooled[i];
     }
-    projection.resize(L * C);
-    bias.resize(L);
+    projection.resize(W * C);
+    bias.resize(W);
     out.resize(C * E);
     out_bias.resize(C);
-    to_float(w.dtype, w.theta, D * C, projection.data());
-    to_float(w.dtype, w.phi, D * C, projection.data() + D * C);
-    to_float(w.dtype, w.g, E * C, projection.data() + 2 * D * C);
-    to_float(w.dtype, w.theta_bias, D, bias.data());
-    to_float(w.dtype, w.phi_bias, D, bias.data() + D);
-    to_float(w.dtype, w.g_bias, E, bias.data() + 2 * D);
+    if (w.theta) {
+      to_float(w.dtype, w.theta, D * C, projection.data());
+      to_float(w.dtype, w.phi, D * C, projection.data() + D * C);
+      to_float(w.dtype, w.theta_bias, D, bias.data());
+      to_float(w.dtype, w.phi_bias, D, bias.data() + D);
+    }
+    to_float(w.dtype, w.g, E * C, projection.data() + (W - E) * C);
+    to_float(w.dtype, w.g_bias, E, bias.data() + W - E);
     to_float(w.dtype, w.out, C * E, out.data());
     to_float(w.dtype, w.out_bias, C, out_bias.data());
   }
@@ -199,10 +210,10 @@ struct Block {
     for (int64_t m = keys.first; m < keys.last; m++) {
       float* best = to + m * width;
       uint8_t* winner = winners + m * width;
-      std::memcpy(best, rows + position(m, 0) * L + D, sizeof(float) * width);
+      std::memcpy(best, rows + position(m, 0) * L + K, sizeof(float) * width);
       std::memset(winner, 0, width);
       for (int64_t place = 1; place < window(); place++) {
-        const float* from = rows + position(m, place) * L + D;
+        const float* from = rows + position(m, place) * L + K;
         for (int64_t c = 0; c < width; c++) {
           const bool wins = from[c] > best[c] || from[c] != from[c];
           best[c] = wins ? from[c] : best[c];
@@ -214,7 +225,13 @@ struct Block {
 
   KeyValue keys_of(float* rows, float* pooled_rows) const {
     return pools() ? KeyValue{{pooled_rows, D + E}, {pooled_rows + D, D + E}, M}
-                   : KeyValue{{rows + D, L}, {rows + 2 * D, L}, N};
+                   : KeyValue{{rows + K, L}, {rows + K + D, L}, N};
+  }
+
+  // The columns of rows that are x itself.
+  void copy_own(Rows x, int64_t count, float* rows) const {
+    if (Q == 0) return;
+    for (int64_t n = 0; n < count; n++) std::memcpy(rows + n * L, x.at(n), sizeof(float) * Q);
   }
 };
 
@@ -224,22 +241,23 @@ class WeightSums {
   WeightSums(const Block& block, int threads)
       : k_(block), parts_(threads, std::vector<float>(size(), 0.0f)) {}
 
-  // One thread's sums: projection [L][C], out [C][E], bias [L], out bias [C].
+  // One thread's sums: projection [W][C], out [C][E], bias [W], out bias [C].
   float* part(int thread) { return parts_[thread].data(); }
-  float* out(int thread) { return parts_[thread].data() + k_.L * k_.C; }
+  float* out(int thread) { return parts_[thread].data() + k_.W * k_.C; }
 
   // Adds the share of some positions; without `attention` that of W_z is left to the caller.
   void add(int thread, int64_t count, Rows x, Rows grad_z, Rows attention, Rows grads,
            Ahead* ahead = nullptr) {
-    float *projection = parts_[thread].data(), *out = projection + k_.L * k_.C, *bias = out + k_.C * k_.E;
-    gemm<Order::depth_major>(k_.L, k_.C, count, {grads.data, grads.ld}, {x.data, x.ld},
+    float *projection = parts_[thread].data(), *out = projection + k_.W * k_.C, *bias = out + k_.C * k_.E;
+    const Rows projected{grads.data + k_.Q, grads.ld};
+    gemm<Order::depth_major>(k_.W, k_.C, count, {projected.data, projected.ld}, {x.data, x.ld},
                              {projection, k_.C, projection, k_.C}, ahead);
     if (attention.data)
       gemm<Order::depth_major>(k_.C, k_.E, count, {grad_z.data, grad_z.ld}, {attention.data, attention.ld},
                                {out, k_.E, out, k_.E}, ahead);
     if (!k_.has_bias) return;
-    add_columns(grads, count, k_.L, bias);
-    add_columns(grad_z, count, k_.C, bias + k_.L);
+    add_columns(projected, count, k_.W, bias);
+    add_columns(grad_z, count, k_.C, bias + k_.W);
   }
 
   void store(const BlockGradients& to) {
@@ -256,18 +274,19 @@ class WeightSums {
       if (target) std::memcpy(target, from, sizeof(float) * count);
       from += count;
     };
-    take(to.theta, k_.D * k_.C);
-    take(to.phi, k_.D * k_.C);
+    const int64_t keys = k_.Q ? 0 : k_.D;  // rows of theta's weight, and of phi's
+    take(to.theta, keys * k_.C);
+    take(to.phi, keys * k_.C);
     take(to.g, k_.E * k_.C);
     take(to.out, k_.C * k_.E);
-    take(to.theta_bias, k_.D);
-    take(to.phi_bias, k_.D);
+    take(to.theta_bias, keys);
+    take(to.phi_bias, keys);
     take(to.g_bias, k_.E);
     take(to.out_bias, k_.C);
   }
 
  private:
-  size_t size() const { return k_.L * k_.C + k_.C * k_.E + k_.L + k_.C; }
+  size_t size() const { return k_.W * k_.C + k_.C * k_.E + k_.W + k_.C; }
   const Block& k_;
   std::vector<std::vector<float>> parts_;
 };

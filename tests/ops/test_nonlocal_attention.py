@@ -144,6 +144,8 @@ def block_operands(
 def check_block(
     x: torch.Tensor, weights: list[torch.Tensor], pool, kind: str = "embedded_gaussian", **options
 ) -> None:
+    if kind == "gaussian":
+        return check_gaussian_block(x, weights, pool, **options)
     pair = torch.randn(2 * weights[0].shape[0]).to(x.dtype) if kind == "concatenation" else None
 
     def ours(x, theta, phi, g, out, *biases):
@@ -169,32 +171,50 @@ def check_block(
     assert_as_exact_as_torch(*results)
 
 
+def check_gaussian_block(x: torch.Tensor, weights: list[torch.Tensor], pool, **options) -> None:
+    """Of the weights those of g and W_z; x is halved so that no position has all the weight."""
+    windows = (pool,) * (x.dim() - 2) if isinstance(pool, int) else pool
+
+    def block(function, x, g, out, g_bias=None, out_bias=None):
+        biases, pool = (None, None, g_bias, out_bias), windows
+        return function(x, None, None, g, out, biases=biases, kind="gaussian", pool=pool, **options)
+
+    inputs, grad = [x * 0.5, *weights[2:4], *weights[6:]], torch.randn(x.shape)
+    plain = functools.partial(block, reference.nonlocal_block)
+    exact = with_gradients(plain, [t.double() for t in inputs], grad.double())
+    ours = with_gradients(functools.partial(block, nonlocal_block), inputs, grad)
+    assert_as_exact_as_torch(ours, with_gradients(plain, inputs, grad), exact)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "embedded_gaussian"])
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
-def test_block_on_every_instruction_set(isa: str, case: tuple) -> None:
-    check_block(*block_operands(case, torch.float32), case[3])
+def test_block_on_every_instruction_set(isa: str, case: tuple, kind: str) -> None:
+    check_block(*block_operands(case, torch.float32), case[3], kind)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_block_any_strides(layout: str) -> None:
-    for case, dtype in itertools.product(BLOCKS[1:6], (torch.float32, torch.bfloat16)):
+    kinds = ("gaussian", "embedded_gaussian")
+    for case, dtype, kind in itertools.product(BLOCKS[1:6], (torch.float32, torch.bfloat16), kinds):
         x, weights = block_operands(case, dtype)
-        check_block(laid_out(x, layout), weights, case[3])
+        check_block(laid_out(x, layout), weights, case[3], kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_block_in_half_precision(dtype: torch.dtype) -> None:
-    for case in BLOCKS:
-        check_block(*block_operands(case, dtype), case[3])
+    for case, kind in itertools.product(BLOCKS, ("gaussian", "embedded_gaussian")):
+        check_block(*block_operands(case, dtype), case[3], kind)
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "embedded_gaussian"])
 @pytest.mark.parametrize("bias", [False, True], ids=["without bias", "with bias"])
-def test_bfloat16_on_every_instruction_set(isa: str, bias: bool) -> None:
+def test_bfloat16_on_every_instruction_set(isa: str, bias: bool, kind: str) -> None:
     for case in [((2, 32, 7, 7), 16, 16, 1), ((3, 20, 9, 5), 10, 12, 2), ((2, 64, 14, 14), 32, 32, (2, 1))]:
         x, weights = block_operands(case, torch.bfloat16, bias)
         last = laid_out(x, "channels last")
-        check_block(last, weights, case[3])
-        check_block(x, weights, case[3])
-        check_block(last, weights, case[3], residual=False)
+        check_block(last, weights, case[3], kind)
+        check_block(x, weights, case[3], kind)
+        check_block(last, weights, case[3], kind, residual=False)
         batch, channels, height, width = x.shape
         views = [
             ((batch, channels, height, width + 1), (..., slice(1, None))),
@@ -202,7 +222,7 @@ def test_bfloat16_on_every_instruction_set(isa: str, bias: bool) -> None:
         ]
         for shape, inside in views:
             wide = torch.full(shape, torch.nan, dtype=x.dtype).to(memory_format=torch.channels_last)
-            check_block(wide[inside].copy_(x), weights, case[3])
+            check_block(wide[inside].copy_(x), weights, case[3], kind)
 
 
 def test_call_by_call_other_layouts_and_settings() -> None:
@@ -233,10 +253,29 @@ def test_block_without_bias_or_residual() -> None:
     check_block(x, weights, 1, residual=False)
 
 
-def test_block_of_one_image_is_shared_by_all_threads() -> None:
+@pytest.mark.parametrize("kind", ["gaussian", "embedded_gaussian"])
+def test_block_of_one_image_is_shared_by_all_threads(kind: str) -> None:
     case = ((1, 16, 20, 20), 8, 8, 2)
-    check_block(*block_operands(case, torch.float32), 2)
-    check_block(*block_operands(case, torch.float32), 1)
+    check_block(*block_operands(case, torch.float32), 2, kind)
+    check_block(*block_operands(case, torch.float32), 1, kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_block_with_any_of_the_biases(dtype: torch.dtype) -> None:
+    x, weights = block_operands(((2, 6, 4, 5), 4, 2, 1), dtype)
+    for present in itertools.product([False, True], repeat=4):
+        biases = tuple(b if there else None for b, there in zip(weights[4:], present, strict=True))
+        leaves = [x, *weights[:4], *biases]
+        double = [None if leaf is None else leaf.double() for leaf in leaves]
+        ours, plain, exact = (
+            function(*given[:5], biases=tuple(given[5:]), kind="embedded_gaussian", pool=(1, 1))
+            for function, given in (
+                (nonlocal_block, leaves),
+                (reference.nonlocal_block, leaves),
+                (reference.nonlocal_block, double),
+            )
+        )
+        assert_as_exact_as_torch([ours], [plain], [exact])
 
 
 def plain_dot_product(x, theta, phi, g, out, *biases, residual=True, pool=1):
@@ -468,8 +507,10 @@ def test_operators_follow_their_schema() -> None:
     y, lse = torch.ops.rlnas_fast.nonlocal_attention.default(theta, phi, g, "auto")
     backward = (torch.randn_like(y), theta, phi, g, y, lse, "auto")
     torch.library.opcheck(torch.ops.rlnas_fast.nonlocal_attention_backward.default, backward)
-    for kind, save in itertools.product(("embedded_gaussian", "dot_product"), (False, True)):
+    for kind, save in itertools.product(("gaussian", "embedded_gaussian", "dot_product"), (False, True)):
         x, weights = block_operands(((2, 6, 5, 4), 3, 4, 2), torch.float32)
+        if kind == "gaussian":
+            weights[:2] = weights[4:6] = None, None
         block = (x, *weights, [2, 2], True, save, kind)
         torch.library.opcheck(torch.ops.rlnas_fast.nonlocal_block.default, block)
     z, saved = torch.ops.rlnas_fast.nonlocal_block.default(*block)

@@ -100,9 +100,7 @@ def nonlocal_block(
         return reference.nonlocal_block(
             x, theta, phi, g, out, biases=biases, pair=pair, kind=kind, pool=tuple(windows), residual=residual
         )
-    if theta is None or phi is None:
-        return _composed(x, theta, phi, g, out, biases, pair, kind, windows, residual, backend)
-    if pair is not None and _trivial(windows):
+    if pair is not None and theta is not None and phi is not None and _trivial(windows):
         # Two linear maps in a row are one; a pooling would stand between phi and its part of the pair.
         first, second = pair.unflatten(0, (2, 1, -1))
         theta, theta_bias = _joined(first, theta, biases[0])
@@ -116,13 +114,13 @@ def nonlocal_block(
             z: torch.Tensor = _Block.apply(windows, residual, kind, *operands)
             return z
         return _forward_op(*operands, windows, residual, False, kind)[0]
+    if theta is None or phi is None or route == "composed":
+        return _composed(x, theta, phi, g, out, biases, pair, kind, windows, residual, backend)
     if route == "library":
         return library_block(x, theta, phi, g, out, biases, residual)
     if route == "gram":
         return gram_block(x, theta, phi, g, out, biases, residual)
-    if route == "reassociated":
-        return reassociated_block(x, theta, phi, g, out, biases, residual, windows)
-    return _composed(x, theta, phi, g, out, biases, pair, kind, windows, residual, backend)
+    return reassociated_block(x, theta, phi, g, out, biases, residual, windows)
 
 
 class _Block(torch.autograd.Function):
@@ -297,15 +295,16 @@ def _route(
     if backend == "reference":
         return _Route(windows, "reference")
     pooled = not _trivial(windows)
-    if kind == "gaussian" or (pair is not None and pooled):
+    if pair is not None and pooled:
         return _Route(windows, "composed")
-    sizes = theta.shape[0], g.shape[0], x.shape[2:].numel()
+    inner = x.shape[1] if theta is None else theta.shape[0]
+    sizes = inner, g.shape[0], x.shape[2:].numel()
     if kind == "embedded_gaussian" and use_library(x.device.type, x.dtype, *sizes, backend, pooled=pooled):
         return _Route(windows, "library")
     if _fused(kind, x, (theta, phi, g, out), biases, windows, backend, wanted):
         return _Route(windows, "fused")
     if kind == "dot_product" and not torch.compiler.is_compiling():  # a compiler fuses the plain form itself
-        order = dot_product_algorithm(x.shape, theta.shape[0], g.shape[0], windows, x.device.type)[0]
+        order = dot_product_algorithm(x.shape, inner, g.shape[0], windows, x.device.type)[0]
         if order in ("gram", "reassociated"):
             return _Route(windows, order)
     return _Route(windows, "composed")
@@ -314,7 +313,7 @@ def _route(
 def _fused(
     kind: str,
     x: torch.Tensor,
-    weights: tuple[torch.Tensor, ...],
+    weights: tuple[torch.Tensor | None, ...],
     biases: Biases,
     windows: list[int],
     backend: str,
@@ -322,7 +321,8 @@ def _fused(
 ) -> bool:
     """Says whether one operator runs the whole block."""
     name = kernels_name(backend, x.device.type, x.dtype)
-    if math.prod(windows) > LARGEST_WINDOW or not all(weight.is_contiguous() for weight in weights):
+    contiguous = all(weight is None or weight.is_contiguous() for weight in weights)
+    if math.prod(windows) > LARGEST_WINDOW or not contiguous:
         return False
     if name == "cpu":
         return kind in cpu.KINDS and not (
@@ -423,7 +423,7 @@ def _check(
 
 
 _TENSORS = (
-    "Tensor x, Tensor theta, Tensor phi, Tensor g, Tensor out, Tensor? theta_bias, Tensor? phi_bias, "
+    "Tensor x, Tensor? theta, Tensor? phi, Tensor g, Tensor out, Tensor? theta_bias, Tensor? phi_bias, "
     "Tensor? g_bias, Tensor? out_bias"
 )
 _library = torch.library.Library("rlnas_fast", "FRAGMENT")
@@ -489,7 +489,8 @@ def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     if not save:
         return z, []
     if x.device.type == "cpu":
-        size = cpu.saved_size(kind, x.shape, x.dtype, weights[0].shape[0], weights[2].shape[0], windows)
+        inner = x.shape[1] if weights[0] is None else weights[0].shape[0]
+        size = cpu.saved_size(kind, x.shape, x.dtype, inner, weights[2].shape[0], windows)
         return z, [x.new_empty(size, dtype=torch.float32)]
     batch, space = x.shape[0], x.shape[2:]
     inner, width, positions = weights[0].shape[0], weights[2].shape[0], math.prod(space)
@@ -516,15 +517,15 @@ _backward_op = torch.ops.rlnas_fast.nonlocal_block_backward.default
 
 
 def block_flops(
-    kind: str, x: Sequence[int], theta: Sequence[int], g: Sequence[int], pool: Sequence[int]
+    kind: str, x: Sequence[int], theta: Sequence[int] | None, g: Sequence[int], pool: Sequence[int]
 ) -> tuple[int, int]:
     """Returns the FLOPs of a fused block's forward and backward: 2 a multiply-add."""
     batch, channels, positions = x[0], x[1], math.prod(x[2:])
-    inner, width = theta[0], g[0]
+    inner, width = channels if theta is None else theta[0], g[0]
     keys = math.prod(size // window for size, window in zip(x[2:], pool, strict=True))
-    projections = positions * channels * (2 * inner + width)
+    projections = positions * channels * ((0 if theta is None else 2 * inner) + width)
     output = positions * channels * width
-    if kind == "embedded_gaussian":
+    if kind in ("gaussian", "embedded_gaussian"):
         forward = projections + output + positions * keys * (inner + width)
         backward = 2 * (projections + output) + positions * keys * (3 * inner + 2 * width)
     elif kind == "concatenation":  # lower bounds: sorting is not counted

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-KINDS = {"embedded_gaussian": 0, "dot_product": 1, "concatenation": 2}  # with a fused block
+KINDS = {"gaussian": 0, "embedded_gaussian": 0, "dot_product": 1, "concatenation": 2}  # the fused blocks
 SMALL = 64  # most positions of an image whose softmax is kept for the backward, as kSmall in nonlocal_core.h
 MOST_CALLS = 4096  # layouts remembered
 Tensors = Sequence[torch.Tensor | None]  # x, theta, phi, g, out and their biases
@@ -104,13 +104,13 @@ class BlockCall:
     def __init__(self, kind: str, tensors: Tensors, pool: Sequence[int], residual: bool) -> None:
         x, theta, _, g = tensors[:4]
         assert x is not None
-        assert theta is not None
         assert g is not None
+        inner = x.shape[1] if theta is None else theta.shape[0]  # the Gaussian kind compares x itself
         missing = 5 - x.dim()
         self._kernels = native.cpu()
         self._shape = (
             KINDS[kind],
-            (x.shape[0], x.shape[1], theta.shape[0], g.shape[0]),
+            (x.shape[0], x.shape[1], inner, g.shape[0]),
             (1,) * missing + tuple(x.shape[2:]),
             (1,) * missing + tuple(pool),
             residual,
@@ -118,7 +118,7 @@ class BlockCall:
         self._dtype = DTYPES[x.dtype]
         self._x_strides = _strides(x)
         self._z_strides = _strides(torch.empty_like(x, device="meta"))
-        counts = _saved_counts(kind, x.shape, x.dtype, theta.shape[0], g.shape[0], pool)
+        counts = _saved_counts(kind, x.shape, x.dtype, inner, g.shape[0], pool)
         ends = list(itertools.accumulate(_rounded(count) for count in counts))
         self._saved = ends[-1]
         self._offsets = [
@@ -222,11 +222,12 @@ def _saved_counts(
     """Numbers of float32 of each part of ``BlockSaved`` in csrc/cpu/nonlocal_attention.h."""
     batch, positions = shape[0], math.prod(shape[2:])
     keys = math.prod(size // window for size, window in zip(shape[2:], pool, strict=True))
-    softmax = kind == "embedded_gaussian"
+    softmax = KINDS[kind] == KINDS["embedded_gaussian"]
+    columns = (1 if kind == "gaussian" else 2) * inner + value
     small = softmax and dtype == torch.float32 and positions <= SMALL
     pooled = any(window > 1 for window in pool)
     return (
-        batch * positions * (2 * inner + value),
+        batch * positions * columns,
         batch * (value * inner if kind == "dot_product" else positions * value),
         batch * positions if softmax else 0,
         (batch * keys * (inner + value) + 3) // 4 if pooled else 0,  # bytes

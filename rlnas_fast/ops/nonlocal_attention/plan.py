@@ -90,7 +90,7 @@ def plan_block(
         library = kind == "embedded_gaussian" and use_library(
             device.type, dtype, inner, inner, queries, backend, pooled=pooled
         )
-        fused = kind == "embedded_gaussian" and found in ("cpu", "triton")
+        fused = found == "cpu" or (kind == "embedded_gaussian" and found == "triton")
         algorithm = "fused-softmax" if fused else "composed-softmax"
         reason = f"online softmax in {found} kernels" if module else f"no kernel for {dtype} on {device}"
         if library:
