@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import math
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
@@ -136,8 +137,8 @@ def _component(value: Any) -> Any:
         return Component(name=value)
     if isinstance(value, Mapping):
         options = dict(value)
-        name = options.pop("name", None)
-        return {"name": name, "options": options.pop("options", {}) | options}
+        name, further = options.pop("name", None), options.pop("options", {})
+        return {"name": name, "options": {**further, **options} if isinstance(further, Mapping) else further}
     return value
 
 
@@ -330,6 +331,8 @@ def find(kind: str, name: str) -> Any:
     if name not in known and (family[:-1] == name or any(other.startswith(family) for other in known)):
         raise unknown_name(kind, name, known)
     module_name, _, attribute = known.get(name, name).partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise ConfigError(f"{kind} {name!r} is not a name: write one of ours, or module:attribute")
     if name not in known and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -371,6 +374,8 @@ def check_options(
             checked[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
         except ValidationError as error:
             raise ConfigError(f"{owner}: {name} = {value!r}: {error.errors()[0]['msg']}") from error
+        if isinstance(checked[name], float) and not math.isfinite(checked[name]):
+            raise ConfigError(f"{owner}: {name} = {value!r}: give a finite number")
     missing = [p.name for p in known.values() if p.default is p.empty and p.name not in checked]
     if missing:
         raise ConfigError(
@@ -572,6 +577,8 @@ def _assign(settings: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for parent in parents:
         inner = settings.get(parent, {})
+        if not isinstance(inner, (str, Mapping)):
+            raise ConfigError(f"{path} = {value!r}: {parent} = {inner!r} is no table, it has no settings")
         settings[parent] = {"name": inner} if isinstance(inner, str) else dict(inner)
         settings = settings[parent]
     if isinstance(settings.get(last), Mapping) and isinstance(value, str):

@@ -19,7 +19,7 @@ import tomli_w
 
 from . import __version__, search
 from .compose import Component, Parts, SearchConfig, build, make, read_config
-from .errors import ReplayMismatch, RunError
+from .errors import ConfigError, ReplayMismatch, RunError
 from .report.front import front_of, save_front_picture
 from .search import Archive, Budget, Measurement, Request, SearchContext, Trial
 from .search.goals import Adaptive, excess, volumes
@@ -29,6 +29,8 @@ from .storage.sqlite_log import SqliteLog
 
 COST_MODEL = "cost_model.json"
 PACKAGES = ("torch", "numpy")
+OBJECTS = ("space", "task", "strategy", "reward", "evaluator")  # what may be an object of the user's
+OBJECT = "object "  # begins the name that it leaves in the record
 
 Done = TypeVar("Done")
 
@@ -134,6 +136,8 @@ def resume(
 ) -> RunResult:
     """Goes on where the log of ``folder`` ends; ``settings`` (more trials, say) replace saved ones."""
     config = saved_config(folder, settings)
+    _check_not_fewer(folder, config)
+    _check_given(folder, config, objects or {})
     kept = folder / COST_MODEL
     parts = build(config.model_copy(update={"cost_model": kept}) if kept.is_file() else config, objects)
     if settings:
@@ -286,7 +290,7 @@ def _wishes(parts: Parts, trials: Sequence[Trial]) -> list[_Wish]:
             _Wish(
                 {**config.limits, cost: min(target, config.limits.get(cost, target))},
                 functools.partial(_meets_first, cost=cost, target=target),
-                "best" if target == targets[0] else f"best-{1e3 * target:g}ms",
+                "best" if target == targets[0] else f"best-{_named(cost, target)}",
             )
             for target in targets
         ]
@@ -297,6 +301,10 @@ def _wishes(parts: Parts, trials: Sequence[Trial]) -> list[_Wish]:
     return [_Wish(config.limits)]
 
 
+def _named(cost: str, target: float) -> str:
+    return f"{1e3 * target:g}ms" if cost == "latency_s" else f"{cost}-{target:g}"
+
+
 def _meets_first(measurement: Measurement, cost: str, target: float) -> float:
     above = excess(measurement, cost, target)
     return -1.0 - above if above > 0 else measurement.accuracy or 0.0
@@ -304,19 +312,22 @@ def _meets_first(measurement: Measurement, cost: str, target: float) -> float:
 
 def _finish(parts: Parts, folder: Path, result: search.SearchResult, progress: Progress) -> RunResult:
     """Confirms the best few, reads the test split once for each winner, and writes the report."""
-    for file in (*folder.glob("best*.json"), *folder.glob("best*.safetensors")):
-        file.unlink()
     picks = []
     for wish in _wishes(parts, result.trials):
         pick = _confirm(parts, result.trials, progress, wish)
-        if pick.trial is not None and pick.module is not None:
+        if pick.module is not None:
             accuracy = parts.evaluator.test_accuracy(pick.module)  # type: ignore[attr-defined]
             pick = replace(pick, test_accuracy=accuracy)
-            _save_weights(pick.module, folder / f"{wish.name}.safetensors")
-        picks.append(replace(pick, module=None))
+        picks.append(pick)
+    # an earlier winner stays until the new ones are known, and never beside weights that are not its own
+    for file in (*folder.glob("best*.json"), *folder.glob("best*.safetensors")):
+        file.unlink()
+    for pick in picks:
+        if pick.module is not None:
+            _save_weights(pick.module, folder / f"{pick.wish.name}.safetensors")
         if pick.trial is not None:
             best = _best(parts, pick.trial, pick.confirmations, pick.test_accuracy)
-            _write(folder / f"{wish.name}.json", json.dumps(best, indent=2))
+            _write(folder / f"{pick.wish.name}.json", json.dumps(best, indent=2))
     chosen, test_accuracy = picks[0].trial, picks[0].test_accuracy
     summary = _summary(parts, result, picks)
     save_front_picture(result.trials, folder / "pareto.png", chosen.number if chosen else None)
@@ -444,11 +455,11 @@ def _nearest(trials: Sequence[Trial], limits: Mapping[str, float]) -> dict[str, 
 def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings that a file can hold, and objects; an object leaves its type's name in the record."""
     names, objects = dict(settings), {}
-    for kind in ("space", "task", "strategy", "reward", "evaluator"):
+    for kind in OBJECTS:
         value = names.get(kind)
         if value is not None and not isinstance(value, (str, Mapping, Component)):
             objects[kind] = value
-            names[kind] = f"object {getattr(value, '__qualname__', type(value).__qualname__)}"
+            names[kind] = f"{OBJECT}{getattr(value, '__qualname__', type(value).__qualname__)}"
     return names, objects
 
 
@@ -473,6 +484,26 @@ def _new_folder(out: Path | None, config: SearchConfig) -> Path:
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from error
     return folder
+
+
+def _check_not_fewer(folder: Path, config: SearchConfig) -> None:
+    """Refuses to go on with fewer trials than there are."""
+    if (folder / "trials.sqlite").is_file():
+        with SqliteLog.open_readonly(folder / "trials.sqlite") as log:
+            done = len(log.read())
+        if config.trials < done:
+            raise ConfigError(f"trials = {config.trials}: {folder} has {done} already; give at least as many")
+
+
+def _check_given(folder: Path, config: SearchConfig, objects: Mapping[str, Any]) -> None:
+    """Refuses to go on without an object that the run was started with."""
+    for kind in OBJECTS:
+        component = getattr(config, kind)
+        if kind not in objects and component is not None and component.name.startswith(OBJECT):
+            raise RunError(
+                f"{folder} was started with {kind} = {component.name}: give it again, from Python, with "
+                f"rlnas_fast.resume_run({str(folder)!r}, {kind}=...)"
+            )
 
 
 def _save_config(config: SearchConfig, folder: Path) -> None:

@@ -45,6 +45,8 @@ def test_limits_carry_units() -> None:
         ({"target_latency_ms": 3.0, "max_latency_ms": 2.0}, "is above max_latency_ms = 2.0"),
         ({"durability": "some"}, "durability = 'some'"),
         ({"seed": -1}, "seed = -1"),
+        ({"trials": 5, "trials.x": 3}, "trials.x = 3: trials = 5 is no table"),
+        ({"strategy.options": 3}, "strategy.options = 3"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, object], says: str) -> None:
@@ -63,6 +65,19 @@ def test_an_unknown_name_gets_the_nearest() -> None:
 def test_a_name_that_cannot_be_imported_says_so(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot be imported"):
         find("space", name)
+
+
+@pytest.mark.parametrize("name", [":Thing", ".relative:Thing", "a..b:Thing", "a path:Thing"])
+def test_what_cannot_be_a_name_says_so(name: str) -> None:
+    with pytest.raises(ConfigError, match="module:attribute"):
+        find("space", name)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", float("nan"), float("-inf")])
+def test_an_option_is_a_finite_number(value: object) -> None:
+    config = read_config({"strategy.name": "reinforce", "strategy.temperature": value})
+    with pytest.raises(ConfigError, match=r"temperature = .*: give a finite number"):
+        compose.build(config)
 
 
 def test_options_are_checked_against_the_signature() -> None:

@@ -92,6 +92,26 @@ def test_one_search_ends_with_a_pick_for_each_target(
     assert "none was found" in shown
 
 
+def test_targets_of_another_cost_are_named_after_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Counted(Formula):
+        def provides(self) -> tuple[str, ...]:
+            return ("accuracy", "parameters")
+
+        def evaluate(self, request: Request) -> Measurement:
+            total = sum(request.architecture.choices)
+            return Measurement(accuracy=0.5 + 0.02 * total, parameters=10 + total)
+
+    reward = {"name": "adaptive", "cost": "parameters", "targets": (14.0, 18.0)}
+    result = rf.run(space=Stack(), evaluator=Counted(), trials=24, reward=reward, out=tmp_path / "run")
+    print_result(result)
+    assert "parameters <= 14: trial" in capsys.readouterr().out
+    files = [pick["file"] for pick in result.summary["picks"]]
+    assert files == ["best.json", "best-parameters-14.json"]
+    assert all((tmp_path / "run" / file).is_file() for file in files)
+
+
 def test_objectives_keep_a_front_and_its_volume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = search(tmp_path / "run", objectives=("accuracy", "latency"))
     figures = list(result.summary["hypervolume"].values())

@@ -10,7 +10,7 @@ import torch
 
 import rlnas_fast as rf
 from rlnas_fast.errors import ConfigError, ReplayMismatch, RunError
-from rlnas_fast.runs import RunResult
+from rlnas_fast.runs import RunResult, resume
 from rlnas_fast.search import Measurement, Request
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_parts.py"
@@ -92,6 +92,43 @@ def test_an_interrupted_run_resumes_to_the_same_end(own: ModuleType, tmp_path: P
     cut = rf.resume_run(tmp_path / "cut", **settings)
     assert outcome(cut) == outcome(whole)
     assert Interrupted.count - before == 9 - 5  # five children were done and none was done again
+
+
+def test_what_is_resumed_without_its_own_object_says_which(own: ModuleType, tmp_path: Path) -> None:
+    rf.run(**parts(own), strategy="random", trials=2, out=tmp_path / "run")
+    without = {name: part for name, part in parts(own).items() if name != "evaluator"}
+    with pytest.raises(RunError, match=r"evaluator = object LeastSquares.*evaluator=\.\.\."):
+        rf.resume_run(tmp_path / "run", **without)
+
+
+def test_fewer_trials_than_there_are_is_refused_and_changes_nothing(own: ModuleType, tmp_path: Path) -> None:
+    rf.run(**parts(own), strategy="random", trials=4, out=tmp_path / "run")
+    before = (tmp_path / "run" / "config.toml").read_text()
+    with pytest.raises(ConfigError, match=r"trials = 3: .* has 4 already"):
+        resume(tmp_path / "run", objects=parts(own), settings={"trials": 3})
+    assert (tmp_path / "run" / "config.toml").read_text() == before
+
+
+def test_a_winner_stays_until_the_next_one_is_known(own: ModuleType, tmp_path: Path) -> None:
+    class Trained(own.LeastSquares):  # type: ignore[name-defined, misc]
+        fails = False
+
+        def train(self, request: Request) -> tuple[torch.nn.Module, Measurement]:
+            if Trained.fails:
+                raise KeyboardInterrupt
+            return torch.nn.Linear(2, 2), self.evaluate(request)
+
+        def test_accuracy(self, module: torch.nn.Module) -> float:
+            return 0.5
+
+    folder, settings = tmp_path / "run", parts(own) | {"evaluator": Trained}
+    rf.run(**settings, strategy="random", trials=2, out=folder)
+    before = {file.name: file.read_bytes() for file in folder.glob("best*")}
+    assert sorted(before) == ["best.json", "best.safetensors"]
+    Trained.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        resume(folder, objects=settings, settings={"trials": 5})
+    assert {file.name: file.read_bytes() for file in folder.glob("best*")} == before
 
 
 def test_a_log_that_the_strategy_does_not_repeat_is_refused_or_told(own: ModuleType, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def bench_tabular(
         print((out / "summary.json").read_text(), end="")
     else:
         _print(found, budget)
-        Console(emoji=False).print(
+        Console(emoji=False, markup=False).print(
             f"curves.csv, differences.csv, curves.png and summary.json are in {out}", highlight=False
         )
 
@@ -67,7 +67,7 @@ def nats_bench_table(source: Path, table: Path) -> None:
 
     with Screen(quiet=False) as screen:
         columns = import_nats_bench(source, table, OPERATIONS, screen.piece)
-    Console(emoji=False).print(f"{table}: {', '.join(columns)}", highlight=False)
+    Console(emoji=False, markup=False).print(f"{table}: {', '.join(columns)}", highlight=False)
 
 
 def component(text: str) -> Component:
@@ -143,11 +143,11 @@ def _print(found: Found, budget: int) -> None:
         for name, searches in by.items():
             cells = ["{:.3f} ± {:.3f}".format(*interval(searches.scores[:, mark - 1])) for mark in at]
             grid.add_row(name, *cells, f"{np.median(searches.seconds):.3f}")
-        Console(emoji=False).print(grid)
+        Console(emoji=False, markup=False).print(grid)
         first = next(iter(by))
         for other in list(by)[1:]:
             mean, half = paired(by[first].scores[:, -1], by[other].scores[:, -1])
-            Console(emoji=False).print(
+            Console(emoji=False, markup=False).print(
                 f"{first} - {other} at {budget}: {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]",
                 highlight=False,
             )

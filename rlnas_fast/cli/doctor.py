@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .. import __version__
 
@@ -53,11 +54,11 @@ def print_diagnosis(findings: list[Finding], as_json: bool) -> None:
         return
     table = Table("", "part", "found")
     for finding in findings:
-        sign = "[green]yes[/]" if finding.usable else "[red]no[/]" if finding.required else "[yellow]no[/]"
-        table.add_row(sign, finding.what, finding.detail)
-    Console(emoji=False).print(table)
+        colour = "green" if finding.usable else "red" if finding.required else "yellow"
+        table.add_row(Text("yes" if finding.usable else "no", colour), finding.what, finding.detail)
+    Console(emoji=False, markup=False).print(table)
     ready = all(finding.usable for finding in findings if finding.required)
-    Console(emoji=False).print(
+    Console(emoji=False, markup=False).print(
         "A CPU search can run." if ready else "A search cannot run yet.", highlight=False
     )
 

@@ -82,7 +82,7 @@ def metaqnn(
 
 
 def _show(summary: dict[str, Any]) -> None:
-    console = Console(emoji=False)
+    console = Console(emoji=False, markup=False)
     title = f"{summary['data']} ({summary['task']}), {summary['strategy']}"
     table = Table(title=title + (", size penalised" if summary["penalty"] else ""), title_justify="left")
     for heading in ("networks", "test accuracy %", "distinct", "mean depth", "mean parameters", "failed"):

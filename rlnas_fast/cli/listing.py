@@ -38,7 +38,7 @@ def list_components(kind: str, as_json: bool) -> None:
     table = Table("name", "what", f"options (--set {kind}.OPTION=VALUE)")
     for name, what, options in rows:
         table.add_row(name, what, "\n".join(options.values()))
-    Console(emoji=False).print(table)
+    Console(emoji=False, markup=False).print(table)
 
 
 def _first_line(factory: Any) -> str:

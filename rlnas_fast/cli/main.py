@@ -119,12 +119,13 @@ def search(
         "cache": str(cache) if cache else None,
         "task.classes": _integers("--classes", classes),
     }  # fmt: skip
-    if data is not None:
-        given["evaluator.data" if evaluator == "tabular" else "task.path"] = str(data)
-    given = {name: value for name, value in given.items() if value is not None}
-    given.update(_settings(settings))
+    given = {name: value for name, value in given.items() if value is not None} | _settings(settings)
     from ..compose import read_config
     from ..runs import start
+
+    if data is not None:
+        tabular = read_config(given, config).evaluator.name == "tabular"
+        given = {"evaluator.data" if tabular else "task.path": str(data)} | given
 
     with Screen(quiet=as_json) as screen:
         result = start(read_config(given, config), out=out, progress=screen)
@@ -145,7 +146,8 @@ def resume(
     """Go on where a run was stopped."""
     from ..runs import resume as go_on
 
-    settings = {name: value for name, value in (("trials", trials), ("max_seconds", max_seconds)) if value}
+    settings = {"trials": trials, "max_seconds": max_seconds}
+    settings = {name: value for name, value in settings.items() if value is not None}
     with Screen(quiet=as_json) as screen:
         result = go_on(folder, settings=settings, continue_from_log=continue_from_log, progress=screen)
     _report(result, as_json)
@@ -341,9 +343,9 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    _stderr().print(f"rlnas: {' '.join(message.split())}", highlight=False, markup=False, soft_wrap=True)
+    _stderr().print(f"rlnas: {' '.join(message.split())}", highlight=False, soft_wrap=True)
     return code
 
 
 def _stderr() -> Console:
-    return Console(stderr=True, emoji=False)
+    return Console(stderr=True, emoji=False, markup=False)

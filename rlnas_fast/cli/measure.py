@@ -28,6 +28,8 @@ def measure_network(
         raise ConfigError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if batch < 1:
         raise ConfigError(f"batch = {batch}: give at least 1")
+    if shape is not None and min(shape) < 1:
+        raise ConfigError(f"--shape {','.join(map(str, shape))}: give sizes of at least 1")
     module, own_shape = _load(network)
     shape = shape or own_shape
     if shape is None:
@@ -74,12 +76,12 @@ def _print(cost: ModuleCost) -> None:
         table.add_row("clock", f"{cost.clock_mhz} MHz", "")
     table.add_row("FLOPs", f"{cost.flops:,}", "a sample; a multiply-add is two")
     table.add_row("parameters", f"{cost.parameters:,}", "")
-    console = Console(emoji=False)
+    console = Console(emoji=False, markup=False)
     console.print(table)
     for name, reason in cost.unknown.items():
-        console.print(f"unknown: {name.removesuffix('_j')}: {reason}", highlight=False, markup=False)
+        console.print(f"unknown: {name.removesuffix('_j')}: {reason}", highlight=False)
     for caveat in cost.caveats:
-        console.print(f"caveat: {caveat}", highlight=False, markup=False)
+        console.print(f"caveat: {caveat}", highlight=False)
 
 
 def _device(cost: ModuleCost) -> str:

@@ -17,7 +17,7 @@ def profile_space(config: SearchConfig, out: Path | None, as_json: bool) -> None
     file = out or default_file(config)
     if not file.parent.is_dir():
         raise ConfigError(f"cannot write {file}: there is no folder {file.parent}")
-    console = Console(stderr=True, emoji=False, quiet=as_json)
+    console = Console(stderr=True, emoji=False, markup=False, quiet=as_json)
     with console.status("measuring") as status:
         table = profile(
             config, lambda what, done, total: status.update(f"measuring {what}: {done} of {total}")
@@ -37,7 +37,7 @@ def profile_space(config: SearchConfig, out: Path | None, as_json: bool) -> None
     if as_json:
         print(json.dumps(summary, indent=2))
         return
-    Console(emoji=False).print(
+    Console(emoji=False, markup=False).print(
         f"{len(table.operators)} operators and {fitted} networks measured; of {held_out} further networks "
         f"90 % are estimated to within {table.error:.1%}.\n"
         f"The cheapest network is estimated at {1e3 * fastest['latency_s']:.4f} ms.\n"

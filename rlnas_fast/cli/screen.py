@@ -22,7 +22,7 @@ class Screen:
 
     def __init__(self, quiet: bool) -> None:
         """``quiet`` draws nothing even on a terminal."""
-        self.console = Console(stderr=True, emoji=False)
+        self.console = Console(stderr=True, emoji=False, markup=False)
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
             TimeElapsedColumn(), TextColumn("eta"), Eta(), TextColumn("{task.fields[best]}"),
@@ -48,7 +48,7 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Says what a user should know, on a terminal or not."""
-        self.console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"note: {text}", highlight=False, soft_wrap=True)
 
     def started(self, folder: Path, done: Sequence[Trial], total: int) -> None:
         self.folder = folder

@@ -18,7 +18,7 @@ from ..storage.sqlite_log import SqliteLog
 
 def print_result(result: RunResult) -> None:
     """Prints the front, the chosen network and where everything is."""
-    console = Console(emoji=False)
+    console = Console(emoji=False, markup=False)
     summary = result.summary
     config = saved_config(result.folder)
     console.print(
@@ -62,14 +62,8 @@ def show_run(folder: Path, as_json: bool) -> None:
     config = saved_config(folder)
     with SqliteLog.open_readonly(folder / "trials.sqlite") as log:
         trials = tuple(log.read())
-    summary_file = folder / "summary.json"
-    if summary_file.is_file():
-        try:
-            summary: dict[str, Any] = json.loads(summary_file.read_text())
-        except ValueError as error:
-            raise RunError(
-                f"{summary_file} cannot be read ({error}): write it anew with `rlnas resume {folder}`"
-            ) from error
+    summary = _summary_of(folder)
+    if summary is not None and _is_of_all(summary, len(trials), config.trials):
         number = (summary["chosen"] or {}).get("trial")
         best = next((trial for trial in trials if trial.number == number), None)
         result = RunResult(folder, trials, front_of(trials), best, summary["test_accuracy"], summary)
@@ -79,18 +73,36 @@ def show_run(folder: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(state, indent=2))
         return
-    console = Console(emoji=False)
+    console = Console(emoji=False, markup=False)
     result = RunResult(folder, trials, front_of(trials), None, None, {})
-    console.print(front_table(trials, _space_of(config, result)))
+    console.print(front_table(trials, _space_of(config, result), objectives=config.objective_numbers))
     console.print(
         f"{len(trials)} of {config.trials} trials; not finished: go on with `rlnas resume {folder}`",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     for trial in trials:
         if trial.measurement.failure is not None:
-            console.print(
-                f"trial {trial.number} failed: {trial.measurement.failure}", highlight=False, markup=False
-            )
+            console.print(f"trial {trial.number} failed: {trial.measurement.failure}", highlight=False)
+
+
+def _summary_of(folder: Path) -> dict[str, Any] | None:
+    """What the run wrote when it ended, or None if it has not."""
+    file = folder / "summary.json"
+    if not file.is_file():
+        return None
+    try:
+        summary: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise RunError(
+            f"{file} cannot be read ({error}): write it anew with `rlnas resume {folder}`"
+        ) from error
+    return summary
+
+
+def _is_of_all(summary: dict[str, Any], logged: int, wanted: int) -> bool:
+    """False where the run has gone on, or is to go on, since it was summarised."""
+    complete = summary["stopped"] != "trials" or summary["trials"] >= wanted
+    return bool(summary["trials"] == logged and complete)
 
 
 def _print_counts(console: Console, summary: dict[str, Any]) -> None:
@@ -104,7 +116,7 @@ def _print_counts(console: Console, summary: dict[str, Any]) -> None:
     )
     caveats = sorted({caveat for row in summary["pareto"] for caveat in row["caveats"]})
     for caveat in caveats:
-        console.print(f"Caveat: {caveat}", highlight=False, markup=False)
+        console.print(f"Caveat: {caveat}", highlight=False)
     if summary["stopped"] == "space":
         console.print("Ended early: the strategy has nothing left to propose.", highlight=False)
     if summary["stopped"] == "seconds":
@@ -129,9 +141,10 @@ def _print_picks(console: Console, picks: list[dict[str, Any]]) -> None:
             near = ", ".join(f"{name} {value:g}" for name, value in pick["nearest"].items())
             console.print(f"{asked}: none was found; the least seen: {near or 'none'}", highlight=False)
             continue
+        latency = "" if network["latency_s"] is None else f", {1e3 * network['latency_s']:.4g} ms"
         console.print(
             f"{asked}: trial {network['trial']}, {network['network']}, accuracy "
-            f"{100 * network['accuracy']:.2f} %, {1e3 * network['latency_s']:.4g} ms ({pick['file']})",
+            f"{100 * network['accuracy']:.2f} %{latency} ({pick['file']})",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
 

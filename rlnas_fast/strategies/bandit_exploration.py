@@ -45,7 +45,7 @@ class BanditExploration:
         self.conditioned = getattr(self._strategy, "conditioned", False)
         self._bandit = Bandit(space, seed=seed, rule=rule, width=width)
         self._rng = np.random.default_rng([seed, 1])
-        self._asked = 0
+        self._asked = self._told = 0
         self._pending: set[str] = set()
 
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
@@ -64,6 +64,8 @@ class BanditExploration:
 
     def tell(self, trials: Sequence[Trial]) -> None:
         """Tells both."""
+        self._told += len(trials)
+        self._asked = max(self._asked, self._told)  # after a log that was only told, the schedule goes on
         self._pending.difference_update(trial.key for trial in trials)
         self._strategy.tell(trials)
         self._bandit.tell(trials)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..rl.baselines import MovingAverage, ema_advantages
 from ..rl.policies import Choices, Condition
 from ..search import SearchContext
@@ -59,10 +60,14 @@ class Baselines:
     """A moving average of the rewards for each target: what is poor for a loose one is good for a tight one.
 
     Args:
-        decay: weight of the past.
+        decay: weight of the past, the setting ``baseline_decay``.
+    Raises:
+        ConfigError: it is not from 0 to below 1.
     """
 
     def __init__(self, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"baseline_decay = {decay}: give a number from 0 to below 1")
         self._decay = decay
         self._averages: dict[float, MovingAverage] = {}
 

@@ -45,7 +45,7 @@ class Curriculum:
         self._strategy = make(self._space)
         self.asynchronous = getattr(self._strategy, "asynchronous", False)
         self.conditioned = getattr(self._strategy, "conditioned", False)
-        self._asked = 0
+        self._asked = self._told = 0
         self._waiting: list[Trial] = []
 
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
@@ -64,6 +64,8 @@ class Curriculum:
 
     def tell(self, trials: Sequence[Trial]) -> None:
         """Tells the strategy what lies in the open part, and keeps the rest for later."""
+        self._told += len(trials)
+        self._asked = max(self._asked, self._told)  # after a log that was only told, the schedule goes on
         self._waiting += trials
         self._tell_what_is_open()
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..rl.losses import clipped_loss, value_loss
-from ..rl.policies import Choices, Condition, RecurrentPolicy
 from ..rl.returns import final_rewards, generalised_advantages
 from ..rl.schedules import schedule
 from ..rl.threads import one_torch_thread
 from ..search import Architecture, SearchContext, SearchSpace, Trial
-from .conditioning import Baselines, Conditioning
-from .novelty import Novelty
+from .controller import Controller, Group
 
 
 class PPO:
@@ -78,77 +74,46 @@ class PPO:
     ) -> None:
         if not 0 <= trace <= 1:
             raise ConfigError(f"trace = {trace}: give a number from 0 to 1")
-        for name, value in (("clip", clip), ("baseline_decay", baseline_decay)):
-            if not 0 <= value < 1 or (name == "clip" and value == 0):
-                raise ConfigError(f"{name} = {value}: give a number between 0 and 1")
+        if not 0 < clip < 1:
+            raise ConfigError(f"clip = {clip}: give a number between 0 and 1")
         if learning_rate <= 0 or group < 1 or epochs < 1:
             raise ConfigError(
                 f"learning_rate = {learning_rate}, group = {group}, epochs = {epochs}: all must be above 0"
             )
         if value_weight < 0:
             raise ConfigError(f"value_weight = {value_weight}: give at least 0")
-        self._space = space
-        self._generator = torch.Generator().manual_seed(seed)
-        self._novelty = Novelty(space, np.random.default_rng(seed), allow_repeats=allow_repeats)
-        self._policy = RecurrentPolicy(
-            [len(decision.choices) for decision in space.decisions],
-            hidden=hidden,
-            cell=cell,
-            temperature=temperature,
-            tanh_constant=tanh_constant or None,
-            value_head=value_head,
-            generator=self._generator,
-        )
-        self._optimizer = torch.optim.Adam(self._policy.parameters(), lr=learning_rate, fused=True)
+        self._controller = Controller(
+            space, seed=seed, allow_repeats=allow_repeats, cell=cell, hidden=hidden, value_head=value_head,
+            baseline_decay=baseline_decay, temperature=temperature, tanh_constant=tanh_constant,
+            epsilon=epsilon,
+        )  # fmt: skip
+        self._optimizer = torch.optim.Adam(self._controller.policy.parameters(), lr=learning_rate, fused=True)
         self._group = group
         self._epochs = epochs
         self._clip = clip
         self._entropy_weight = schedule("entropy_weight", entropy_weight)
         self._value_weight = value_weight
         self._trace = trace
-        self._epsilon = schedule("epsilon", epsilon, high=1)
-        self._asked = self._told = 0
-        self._baselines = Baselines(baseline_decay)
-        self._conditioning = Conditioning()
-        self._waiting: list[tuple[Choices, Condition | None, float]] = []
 
     @one_torch_thread()
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
         """``count`` new architectures from the policy; fewer only when the space has no more."""
-        condition = self._conditioning.of(context)
-        asked = self._novelty.fill(count, functools.partial(self._draw, condition=condition))
-        self._conditioning.remember([architecture.choices for architecture in asked])
-        self._asked += len(asked)
-        return asked
+        return self._controller.ask(count, context)
 
     @one_torch_thread()
     def tell(self, trials: Sequence[Trial]) -> None:
         """Updates the policy whenever a group is full; trials it never asked for count like its own."""
-        self._novelty.tell(trials)
-        for trial in trials:
-            self._told += 1
-            choices = trial.architecture.choices
-            (condition,) = self._conditioning.recall([choices])
-            self._waiting.append((choices, condition, trial.reward))
-            if len(self._waiting) == self._group:
-                group, self._waiting = self._waiting, []
-                self._update(*zip(*group, strict=True))
+        for group in self._controller.groups(trials, self._group):
+            self._update(group)
 
-    def _update(
-        self,
-        sequences: Sequence[Choices],
-        conditions: Sequence[Condition | None],
-        rewards: Sequence[float],
-    ) -> None:
-        episodes = self._policy.episodes(sequences, self._space.mask, conditions=conditions)
-        relative = self._baselines.advantages(rewards, conditions)
-        present = episodes.present
+    def _update(self, group: Group) -> None:
+        policy, episodes, present = self._controller.policy, group.episodes, group.episodes.present
         with torch.no_grad():
-            old = self._policy(episodes)
-            advantages, returns = self._advantages(relative, episodes.lengths, old.values, present)
-        entropy_weight = self._entropy_weight.at(self._told)
+            old = policy(episodes)
+            advantages, returns = self._advantages(group.advantages, episodes.lengths, old.values, present)
+        entropy_weight = self._entropy_weight.at(self._controller.told)
         for _ in range(self._epochs):
-            scored = self._policy(episodes)
+            scored = policy(episodes)
             loss = clipped_loss(scored.log_probs, old.log_probs, advantages, present, clip=self._clip)
             loss = loss - entropy_weight * scored.entropies.sum() / present.sum()
             if scored.values is not None:
@@ -167,15 +132,3 @@ class PPO:
         rewards = final_rewards(relative, lengths, present.shape[1])
         advantages = generalised_advantages(rewards, values, present, discount=1.0, trace=self._trace)
         return advantages, advantages + values
-
-    def _draw(self, missing: int, attempt: int, condition: Condition | None) -> Iterable[Architecture]:
-        sequences, _ = self._policy.sample(
-            missing,
-            self._space.mask,
-            self._space.is_complete,
-            self._generator,
-            flatten=2.0**attempt,
-            epsilon=self._epsilon.at(self._asked),
-            condition=condition,
-        )
-        return [Architecture(self._space.name, sequence) for sequence in sequences]

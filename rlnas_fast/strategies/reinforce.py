@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ..errors import ConfigError
 from ..rl.losses import reinforce_loss, value_loss
-from ..rl.policies import Choices, Condition, RecurrentPolicy
 from ..rl.schedules import schedule
 from ..rl.threads import one_torch_thread
 from ..search import Architecture, SearchContext, SearchSpace, Trial
-from .conditioning import Baselines, Conditioning
-from .novelty import Novelty
+from .controller import Controller
 
 
 class Reinforce:
@@ -66,80 +61,40 @@ class Reinforce:
         tanh_constant: float = 2.5,
         epsilon: float | str = 0.0,
     ) -> None:
-        if not 0 <= baseline_decay < 1:
-            raise ConfigError(f"baseline_decay = {baseline_decay}: give a number from 0 to below 1")
         if learning_rate <= 0 or value_weight < 0:
             raise ConfigError(
                 f"learning_rate = {learning_rate}, value_weight = {value_weight}: give a rate above 0 and a "
                 "weight of at least 0"
             )
-        self._space = space
-        self._generator = torch.Generator().manual_seed(seed)
-        self._novelty = Novelty(space, np.random.default_rng(seed), allow_repeats=allow_repeats)
-        self._policy = RecurrentPolicy(
-            [len(decision.choices) for decision in space.decisions],
-            hidden=hidden,
-            cell=cell,
-            temperature=temperature,
-            tanh_constant=tanh_constant or None,
-            value_head=value_head,
-            generator=self._generator,
-        )
-        self._optimizer = torch.optim.Adam(self._policy.parameters(), lr=learning_rate, fused=True)
+        self._controller = Controller(
+            space, seed=seed, allow_repeats=allow_repeats, cell=cell, hidden=hidden, value_head=value_head,
+            baseline_decay=baseline_decay, temperature=temperature, tanh_constant=tanh_constant,
+            epsilon=epsilon,
+        )  # fmt: skip
+        self._optimizer = torch.optim.Adam(self._controller.policy.parameters(), lr=learning_rate, fused=True)
         self._entropy_weight = schedule("entropy_weight", entropy_weight)
         self._value_weight = value_weight
-        self._epsilon = schedule("epsilon", epsilon, high=1)
-        self._asked = self._told = 0
-        self._baselines = Baselines(baseline_decay)
-        self._conditioning = Conditioning()
-        self._masks: dict[Choices, Tensor] = {}
 
     @one_torch_thread()
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
         """``count`` new architectures from the policy; fewer only when the space has no more."""
-        condition = self._conditioning.of(context)
-        asked = self._novelty.fill(count, functools.partial(self._draw, condition=condition))
-        self._conditioning.remember([architecture.choices for architecture in asked])
-        self._asked += len(asked)
-        self._masks = {a.choices: self._masks[a.choices] for a in asked if a.choices in self._masks}
-        return asked
+        return self._controller.ask(count, context)
 
     @one_torch_thread()
     def tell(self, trials: Sequence[Trial]) -> None:
         """One gradient step on ``trials``, whoever proposed them."""
-        self._novelty.tell(trials)
-        if not trials:
-            return
-        sequences = [trial.architecture.choices for trial in trials]
-        conditions = self._conditioning.recall(sequences)
-        advantages = self._baselines.advantages([trial.reward for trial in trials], conditions)
-        episodes = self._policy.episodes(sequences, self._space.mask, self._masks, conditions)
-        for sequence in sequences:
-            self._masks.pop(sequence, None)
-        scored = self._policy(episodes)
-        returns = advantages[:, None] * episodes.present
-        loss = reinforce_loss(
-            scored.log_probs,
-            returns if scored.values is None else returns - scored.values,
-            scored.entropies,
-            entropy_weight=self._entropy_weight.at(self._told),
-        )
-        if scored.values is not None:
-            loss = loss + self._value_weight * value_loss(scored.values, returns, episodes.present)
-        self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-        self._told += len(trials)
-
-    def _draw(self, missing: int, attempt: int, condition: Condition | None) -> Iterable[Architecture]:
-        sequences, masks = self._policy.sample(
-            missing,
-            self._space.mask,
-            self._space.is_complete,
-            self._generator,
-            flatten=2.0**attempt,
-            epsilon=self._epsilon.at(self._asked),
-            condition=condition,
-        )
-        self._masks.update(zip(sequences, masks, strict=True))
-        return [Architecture(self._space.name, sequence) for sequence in sequences]
+        entropy_weight = self._entropy_weight.at(self._controller.told)
+        for group in self._controller.groups(trials, len(trials)):
+            scored, present = self._controller.policy(group.episodes), group.episodes.present
+            returns = group.advantages[:, None] * present
+            loss = reinforce_loss(
+                scored.log_probs,
+                returns if scored.values is None else returns - scored.values,
+                scored.entropies,
+                entropy_weight=entropy_weight,
+            )
+            if scored.values is not None:
+                loss = loss + self._value_weight * value_loss(scored.values, returns, present)
+            self._optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()

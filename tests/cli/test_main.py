@@ -78,6 +78,9 @@ def test_a_file_a_flag_and_set(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         (["search", "--config=missing.toml"], "missing.toml"),
         (["search", "--out=/proc/nowhere"], "/proc/nowhere"),
         (["search", "--no-such-flag"], "no-such-flag"),
+        (["search", "--set=evaluator.name=tabular", "--data=no.npz", "--reward-column=a"], "no.npz"),
+        (["search", "--trials=5", "--set=trials.x=3"], "trials.x"),
+        (["search", "--strategy=.own:Thing"], "module:attribute"),
         (["resume", "missing"], "not a run folder"),
         (["show", "missing"], "not a run folder"),
         (["frobnicate"], "frobnicate"),
@@ -92,6 +95,34 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_resume_takes_no_trials_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", *OWN, "--trials=3", "--out=run", "--json"]) == 0
+    capsys.readouterr()
+    for trials, says in (("0", "trials = 0"), ("2", "has 3 already")):
+        assert main(["resume", "run", f"--trials={trials}"]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_square_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", *OWN, "--trials=2", "--out=a [run] b"]) == 0
+    assert "Everything is in a [run] b" in capsys.readouterr().out
+    assert main(["strategies"]) == 0
+    assert "dict[str," in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_is_not_shown_as_finished(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["search", *OWN, "--trials=3", "--out=run"]) == 0
+    config = tmp_path / "run" / "config.toml"  # as `resume --trials 5` leaves it when it is interrupted
+    config.write_text(config.read_text().replace("trials = 3", "trials = 5"))
+    capsys.readouterr()
+    assert main(["show", "run"]) == 0
+    assert "3 of 5 trials; not finished" in capsys.readouterr().out
+    assert main(["show", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stopped"] is None
 
 
 def test_a_foreign_database_is_left_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ def test_a_module_by_name_is_measured(capsys: pytest.CaptureFixture[str]) -> Non
         (["torch.nn:Flatten", "--shape=a"], "--shape"),
         (["torch.nn:Flatten", "--shape=1,8,8", "--batch=0"], "batch = 0"),
         (["torch.nn:Flatten", "--shape=1,8,8", "--dtype=int3"], "int3"),
+        (["torch.nn:Flatten", "--shape=-1,8,8"], "--shape -1,8,8"),
+        (["torch.nn:Flatten", "--shape=1,0,8"], "--shape 1,0,8"),
         (["torch.nn:no_such"], "cannot be imported"),
         (["json:dumps", "--shape=1"], "json:dumps"),
         (["no-such-run"], "no-such-run"),

@@ -42,6 +42,16 @@ def test_the_schedule_says_how_often(grid: Any) -> None:
     assert sum(falling[30:60]) > sum(falling[90:120])
 
 
+def test_after_a_log_that_was_only_told_it_explores_as_little_as_it_did(grid: Any) -> None:
+    space = grid((4,) * 6)
+    log = [told(space, Architecture(space.name, (i % 4, i // 4, 0, 0, 0, 0)), 0.0) for i in range(16)]
+    within = BanditExploration(space, lambda part: RandomSearch(part, seed=0), seed=0, epsilon="1:0:16")
+    alone = RandomSearch(space, seed=0)
+    for strategy in (within, alone):
+        strategy.tell(log)
+    assert within.ask(20, CONTEXT) == alone.ask(20, CONTEXT)
+
+
 def test_both_learn_from_everything(grid: Any) -> None:
     heard: list[float] = []
 

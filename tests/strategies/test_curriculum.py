@@ -34,6 +34,14 @@ def test_choices_open_one_after_the_other_where_all_architectures_are_as_long(gr
     assert max(largest) == 3
 
 
+def test_after_a_log_that_was_only_told_it_is_as_open_as_it_was(grid: Any) -> None:
+    space = grid((4,) * 5)
+    curriculum = Curriculum(space, lambda part: RandomSearch(part, seed=0), seed=0, open="0.25:1:60")
+    log = [Architecture(space.name, (i % 4, i // 4 % 4, i // 16, 0, 0)) for i in range(60)]
+    curriculum.tell([Trial(0, 0, a, space.canonical_key(a), Measurement(accuracy=0.5), 0.5) for a in log])
+    assert max(max(a.choices) for a in curriculum.ask(10, CONTEXT)) == 3
+
+
 def test_length_opens_where_architectures_may_end(chain: Any) -> None:
     asked = searching(chain(depth=6), "0.3:1:60", 90)
     length = [sum(choice != 0 for choice in choices) for choices in asked]
