@@ -1,4 +1,4 @@
-"""Puts a non-local block on a stage of a network, swaps it, and takes it out as if it had never been there."""
+"""Puts a non-local block on a stage of a network, swaps it, and takes it out without a trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ConfigError, ShapeError
 from ..nn import NonLocalBlock
-from .stages import Stage, find_stages, fitted_block, plain_network, replace
+from .stages import find_stages, fitted_block, plain_network, replace
 
 __all__ = ["NonLocalInserter", "StageWithBlock"]
 
@@ -34,8 +34,8 @@ class StageWithBlock(nn.Module):
         self.stage_name = name
         self.stage = stage
         self.inserted_block = block
-        self.register_state_dict_post_hook(_without_stage)
-        self.register_load_state_dict_pre_hook(_with_stage)
+        self.register_state_dict_post_hook(_without_stage)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_stage)  # type: ignore[no-untyped-call]
 
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """What the stage answers with, after the block."""
@@ -43,8 +43,8 @@ class StageWithBlock(nn.Module):
         block = self.inserted_block
         if features.dim() != block.dims + 2 or features.shape[1] != block.channels:
             raise ShapeError(
-                f"stage {self.stage_name!r} now answers with shape {list(features.shape)}; its block was made "
-                f"for [batch, {block.channels}, {block.dims} spatial sizes]: the network's shapes change with "
+                f"stage {self.stage_name!r} now answers with shape {list(features.shape)}; its block is for "
+                f"[batch, {block.channels}, {block.dims} spatial sizes]: the network's shapes change with "
                 "its input, so take the block out (remove) and choose another stage"
             )
         z: Tensor = block(features)
@@ -242,8 +242,8 @@ class NonLocalInserter:
             return
         what = f"BatchNorm {stage.name}.{frozen[0]}".rstrip(".") if frozen else f"stage {stage.name!r}"
         raise ConfigError(
-            f"{what} is in evaluation mode, and the block for stage {stage.name!r} was never trained: its own "
-            "BatchNorm has no statistics yet; call train() on the network first, or choose norm=False"
+            f"{what} is in evaluation mode, and the block for stage {stage.name!r} was never trained: its "
+            "own BatchNorm has no statistics yet; call train() on the network first, or choose norm=False"
         )
 
     def _extend_optimizer(self, action: int) -> None:
@@ -322,7 +322,8 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in named.items():
         if tensor.shape != tensors[name].shape:
             raise ConfigError(
-                f"a saved state of another network: {name} is {list(tensors[name].shape)}, not {list(tensor.shape)}"
+                f"a saved state of another network: {name} is {list(tensors[name].shape)}, "
+                f"not {list(tensor.shape)}"
             )
         tensor.copy_(tensors[name])
 

@@ -41,7 +41,7 @@ class StageCNN(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions around which the input is added; a smaller output takes every second pixel of it.
+    """Two 3 x 3 convolutions around which the input is added; a smaller output takes every second pixel.
 
     Source: He et al., Deep Residual Learning (2016), section 4.2, option A: no parameters in the shortcut.
     """
@@ -61,7 +61,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The residual network for CIFAR: a convolution, three stages of ``depth`` blocks, the mean, a classifier.
+    """The residual network for CIFAR: a convolution, three stages of ``depth`` blocks, a classifier.
 
     Stages are ``stage1`` to ``stage3`` with 16, 32 and 64 channels, and ``stem`` before them.
 
