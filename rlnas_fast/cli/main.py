@@ -17,6 +17,7 @@ from rich.console import Console
 from .. import __version__
 from ..errors import ConfigError, RlnasError
 from .experiment import experiment
+from .place import place
 from .screen import Interrupted, Screen
 
 app = typer.Typer(
@@ -143,6 +144,17 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on where a run was stopped."""
+    from ..placement_runs import CONFIG, resume_place
+
+    if (folder / CONFIG).is_file():
+        from .place import show_placement
+
+        if trials or max_seconds or continue_from_log:
+            raise ConfigError(f"{folder} is a placement run: it is resumed without options")
+        with Screen(quiet=as_json) as screen:
+            placed = resume_place(folder, screen)
+        show_placement(placed, as_json)
+        return
     from ..runs import resume as go_on
 
     settings = {name: value for name, value in (("trials", trials), ("max_seconds", max_seconds)) if value}
@@ -262,6 +274,9 @@ def profile(
     from .profile import profile_space
 
     profile_space(read_config(given), out, as_json)
+
+
+app.command()(place)
 
 
 @app.command()

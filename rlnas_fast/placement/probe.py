@@ -179,9 +179,9 @@ def layer_statistics(activations: Tensor, *, values: int | None = None) -> Layer
 
     The entropy is that of a histogram of ``BINS`` equal bins from ``REACH`` deviations below the mean to as
     many above (what lies beyond counts in the outer bins) and of one for values that are exactly 0, plus
-    (bins in use - 1) / (2 values) for the bias of few values (Miller 1955); the same for scaled values.  The mean square of
-    a correlation is the mean product of the correlations in the first and in the second half of what was
-    looked at: a square of either would count its noise as correlation.
+    (bins in use - 1) / (2 values) for the bias of few values (Miller 1955); the same for scaled values.
+    The mean square of a correlation is the mean product of the correlations in the first and in the second
+    half of what was looked at: a square of either would count its noise as correlation.
 
     Args:
         activations: [B, C, *space], any floating dtype.

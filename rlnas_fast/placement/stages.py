@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from ..errors import ConfigError, DataError, ShapeError, unknown_name
 from ..nn import NonLocalBlock
 
-__all__ = ["Stage", "find_stages", "generate_non_local_block", "observing", "plain_network"]
+__all__ = [
+    "Stage",
+    "as_it_came_on_failure",
+    "find_stages",
+    "generate_non_local_block",
+    "observing",
+    "plain_network",
+]
 
 _SAMPLES = 8  # of a batch, to see shapes
 
@@ -151,6 +158,31 @@ def observing(network: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def as_it_came_on_failure(network: nn.Module) -> Iterator[None]:
+    """Weights, buffers, gradients and modes go back to what they were if anything is raised."""
+    parameters = [(each, each.detach().clone(), each.grad) for each in network.parameters()]
+    buffers = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in network.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value, gradient in parameters:
+                parameter.data = value  # on the device where it was
+                parameter.grad = gradient
+            for holder, name, buffer, value in buffers:
+                holder[name] = buffer.copy_(value)
+        for module, training in modes:
+            module.training = training
+        raise
 
 
 def run_network(network: nn.Module, batch: Tensor) -> Any:

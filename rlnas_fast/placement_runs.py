@@ -1,0 +1,588 @@
+"""A placement run: from names and settings to a trained network, in a folder that survives a crash."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .compose import COMPONENTS, Component, find, make, resolve_device
+from .errors import ConfigError, DataError, RunError, unknown_name
+from .placement.agents import StageAgent, make_agent
+from .placement.batches import CLEAN, Batches, LoaderBatches, TaskBatches
+from .placement.inserter import NONE, NonLocalInserter
+from .placement.probe import ActivationProbe
+from .placement.procedure import FixedAgent, Placement, collapse_of
+from .placement.rewards import RewardRule, added_latency
+from .placement.stages import as_it_came_on_failure, plain_network
+from .report.placements import choices_of, gain_of, save_placement_picture
+from .search import Budget
+from .search.archives import replace_file
+from .storage.writer_lock import WriterLock
+from .tasks.task import Task
+from .training.data import DeviceData, on_device
+from .training.loop import make_optimizer, rate_factor
+from .training.recipe import Recipe
+
+__all__ = ["PlacementConfig", "PlacementResult", "Progress", "load_placed", "place", "resume_place"]
+
+CONFIG, CHECKPOINT, DECISIONS = "placement.json", "checkpoint.pt", "decisions.jsonl"
+FIXED = "fixed:"
+SAVE_SECONDS = 20.0
+
+
+class Progress(Protocol):
+    """Hears how a placement run goes on."""
+
+    def trained(self, folder: Path, done: int, total: int, text: str) -> None: ...
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def trained(self, folder: Path, done: int, total: int, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Everything a placement run depends on, as ``place`` takes it; objects leave their type's name.
+
+    Attributes: see ``place``.
+    """
+
+    model: str
+    data: str
+    stages: tuple[str, ...] | None = None
+    agent: str = "q-table"
+    epochs: int = 10
+    decide: str = "batch"
+    metric: str = "loss"
+    delay: int = 4
+    control: bool = True
+    latency_price: float = 0.0
+    revert_below: float | None = None
+    regimes: tuple[str, ...] = (CLEAN,)
+    validation_batch: int = 128
+    seed: int = 0
+    device: str = "auto"
+    block: Mapping[str, Any] = field(default_factory=dict)
+    agent_options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("epochs", self.epochs, 1),
+            ("validation_batch", self.validation_batch, 1),
+            ("seed", self.seed, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{name} = {value}: give at least {least}")
+
+
+@dataclass(frozen=True)
+class PlacementResult:
+    """What a placement run found.
+
+    Attributes:
+        folder: where everything is.
+        network: trained, in evaluation mode, with the block at ``stage``; the caller's own, if one was given.
+        inserter: of the network, to swap its trained blocks by hand.
+        stage: the one that the agent thinks best for most validation batches; "none" for no block.
+        accuracy: on the validation split, with the stage that the agent thinks best for each batch.
+        accuracies: of the trained network with each stage's block fixed, and with "none".
+        counts: how often each was chosen in training.
+        collapsed: the policy thinks one stage best whatever the state.
+        test_accuracy: of ``network`` on the test split, read once; None with loaders.
+        summary: all of it as plain data, as in ``summary.json``.
+    """
+
+    folder: Path
+    network: nn.Module
+    inserter: NonLocalInserter
+    stage: str
+    accuracy: float
+    accuracies: dict[str, float]
+    counts: dict[str, int]
+    collapsed: bool
+    test_accuracy: float | None
+    summary: dict[str, Any]
+
+
+def place(
+    model: str | nn.Module,
+    data: str | Task | tuple[Iterable[Any], Iterable[Any]] = "digits",
+    *,
+    agent: str | Callable[..., StageAgent] = "q-table",
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> PlacementResult:
+    """Trains a network while an agent learns at which stage a non-local block helps it most.
+
+    The same call with the same ``out`` goes on where it was stopped.
+
+    Args:
+        model: your own module, which is trained in place, left as it came if anything fails, and whose
+            class is not touched; or a name: "resnet20", "stage-cnn", or ``module:attribute`` that is a
+            module or makes one (of nothing, or of channels and classes).
+        data: a task by name, a ``Task``, or (training loader, validation loader) of (x, y) or
+            (x, y, regime).
+        agent: "q-table", "dqn", "reinforce" or "ppo"; "fixed:NAME" for always the same stage (or "none"); or
+            what makes a ``StageAgent`` of (features, actions, seed=...).
+        out: the run folder; by default a new one in ``runs/``.
+        settings: of ``PlacementConfig``: ``stages`` (names; None finds them), ``epochs``, ``decide``
+            ("batch", "regime" or "epoch"), ``metric`` ("loss", "accuracy" or "f1"), ``delay`` (training passes
+            until the reward), ``control``, ``latency_price``, ``revert_below``, ``regimes`` ("clean", "noise:0.5",
+            "blur"; of a task), ``validation_batch``, ``seed``, ``device``, and options in dicts: ``block``
+            (of ``NonLocalBlock``), ``agent_options``, ``recipe`` (of training), ``task``.
+    Raises:
+        ConfigError, ShapeError, DataError, MeterError: the input cannot be used; says which and why.
+        RunError: ``out`` holds another run, or is being written.
+    """
+    unknown = set(settings) - {f.name for f in PlacementConfig.__dataclass_fields__.values()}
+    if unknown:
+        raise ConfigError(f"unknown setting {sorted(unknown)[0]!r}: see rlnas_fast.placement_runs.place")
+    for name in ("stages", "regimes"):
+        if isinstance(settings.get(name), str):
+            raise ConfigError(f"{name} = {settings[name]!r}: give several, as a list")
+        if settings.get(name) is not None:
+            settings[name] = tuple(settings[name])
+    config = PlacementConfig(model=_named(model), data=_named(data), agent=_named(agent), **settings)
+    folder = Path(out) if out else _default_folder(config)
+    return _placed(config, model, data, agent, folder, progress or Silent())
+
+
+def resume_place(folder: Path, progress: Progress | None = None) -> PlacementResult:
+    """Goes on with the run in ``folder``, where everything in it has a name.
+
+    Raises:
+        RunError: it is no placement run, or was given objects.
+    """
+    config = _saved_config(folder)
+    for name in (config.model, config.data, config.agent):
+        if name.startswith("object "):
+            raise RunError(f"{folder} was started with an {name}: call place() again with it and this folder")
+    return _placed(config, config.model, config.data, config.agent, folder, progress or Silent())
+
+
+def load_placed(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The network of a finished placement run with its block, in evaluation mode, on the CPU.
+
+    Args:
+        model: a fresh one of the kind that was given to ``place`` in place of a name.
+    Raises:
+        RunError: the run is not finished, or was given a module and ``model`` is None.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        saved = json.loads((folder / "network.json").read_text())
+        weights = load_file(folder / "network.safetensors")
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{folder} has no trained network ({error}); finish it with `rlnas resume {folder}`"
+        ) from error
+    if model is None:
+        if saved["model"].startswith("object "):
+            raise RunError(f"{folder} was started with an {saved['model']}: give a fresh one as `model`")
+        model = _built(saved["model"], saved["channels"], saved["classes"])
+    if saved["stage"] != NONE:
+        example = torch.zeros(2, *saved["input_shape"])
+        inserter = NonLocalInserter(model.train(), example, [saved["stage"]], **saved["block"])
+        inserter.insert(1)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _placed(
+    config: PlacementConfig, model: Any, data: Any, agent: Any, folder: Path, progress: Progress
+) -> PlacementResult:
+    rule = RewardRule(config.metric, config.delay, config.latency_price, config.control)
+    recipe = _options("recipe", Recipe, config.recipe)
+    with torch.random.fork_rng(devices=_gpus()):
+        torch.manual_seed(config.seed)
+        task = data if isinstance(data, Task) else None
+        if isinstance(data, str):
+            task = make("task", Component(name=data, options=dict(config.task)))
+        elif config.task:
+            raise ConfigError("options of a task were given, and an object as data")
+        network, compiled = _network(model, task)
+        with as_it_came_on_failure(network):
+            device = _device(config.device, network, moved=not isinstance(model, nn.Module))
+            network.to(device)
+            batches = _batches(config, task, data, recipe, device)
+            optimizer = make_optimizer(network, recipe)
+            example = batches.validation[0].x
+            inserter = NonLocalInserter(
+                network, example, config.stages, optimizer=optimizer, seed=config.seed, **_block(config)
+            )
+            layers = [stage.name for stage in inserter.stages]
+            with _closed_on_failure(inserter), ActivationProbe(network, layers) as probe:
+                made = _agent(agent, config, probe.features, inserter.names)
+                placement = Placement(
+                    inserter, probe, made, optimizer, batches,
+                    rate=lambda spent: recipe.learning_rate * rate_factor(spent, recipe.warmup),
+                    epochs=config.epochs, rule=rule, decide=config.decide, revert_below=config.revert_below,
+                    label_smoothing=recipe.label_smoothing, forward=compiled,
+                )  # fmt: skip
+                with _Folder(folder, config, placement) as run:
+                    if not run.restore():
+                        if rule.latency_price:
+                            placement.added_latency = added_latency(inserter, example[:1], str(device))
+                        run.save()
+                    run.train(config.epochs, progress)
+                    return _finished(run, task, device)
+
+
+def _batches(
+    config: PlacementConfig, task: Task | None, data: Any, recipe: Recipe, device: torch.device
+) -> Batches:
+    if task is None:
+        if config.regimes != (CLEAN,):
+            raise ConfigError("regimes of loaders come with their batches, as (x, y, regime)")
+        return LoaderBatches(*_loaders(data), device)
+    return TaskBatches(
+        DeviceData.of(task, device),
+        recipe,
+        recipe.augmentations(Budget(config.epochs)),
+        config.regimes,
+        validation_batch=config.validation_batch,
+        seed=config.seed,
+    )
+
+
+@contextmanager
+def _closed_on_failure(inserter: NonLocalInserter) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        inserter.close()
+        raise
+
+
+class _Folder:
+    """A run on disk: settings, a log of decisions, and a checkpoint that says how much of it counts."""
+
+    def __init__(self, folder: Path, config: PlacementConfig, placement: Placement) -> None:
+        self.folder, self.config, self.placement = folder, config, placement
+        self.epochs: list[dict[str, Any]] = []
+        self._written = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from error
+        self._lock = WriterLock(folder / "lock")
+
+    def __enter__(self) -> _Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def restore(self) -> bool:
+        """Goes back to the last checkpoint; False where there is none."""
+        if not (self.folder / CONFIG).exists():
+            others = [entry.name for entry in self.folder.iterdir() if entry.name != "lock"]
+            others = [name for name in others if not name.startswith(".")]
+            if others:
+                raise RunError(f"{self.folder} is there and is not empty: choose another --out")
+            _write(self.folder / CONFIG, json.dumps(_plain(self.config), indent=2))
+        else:
+            before, now = _plain(_saved_config(self.folder)), _plain(self.config)
+            changed = [
+                f"{name} {before[name]!r} -> {now[name]!r}" for name in now if before[name] != now[name]
+            ]
+            if changed:
+                raise RunError(
+                    f"{self.folder} holds a run with other settings ({', '.join(changed)}): "
+                    "choose another --out"
+                )
+        checkpoint = self.folder / CHECKPOINT
+        if not checkpoint.exists():
+            return False
+        try:
+            state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+            lines = (self.folder / DECISIONS).read_text().splitlines(keepends=True)[: state["written"]]
+            if len(lines) < state["written"]:
+                raise ValueError(f"{DECISIONS} has fewer decisions than the checkpoint counts")
+            self.placement.load_state_dict(state["placement"])
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise RunError(f"{checkpoint} cannot be read: {error}") from error
+        self.placement.rewarded = [json.loads(line) for line in lines]
+        self.placement.added_latency = tuple(state["added_latency"])
+        self.epochs, self._written = state["epochs"], state["written"]
+        _write(self.folder / DECISIONS, "".join(lines))
+        return True
+
+    def save(self) -> None:
+        """Writes new decisions, then the checkpoint that counts them."""
+        placement = self.placement
+        with (self.folder / DECISIONS).open("a") as log:
+            for decision in placement.rewarded[self._written :]:
+                log.write(json.dumps(decision) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+        self._written = len(placement.rewarded)
+        state = {
+            "placement": placement.state_dict(),
+            "added_latency": placement.added_latency,
+            "epochs": self.epochs,
+            "written": self._written,
+        }
+        replace_file(self.folder / CHECKPOINT, lambda temporary: torch.save(state, temporary))
+
+    def train(self, epochs: int, progress: Progress) -> None:
+        placement = self.placement
+        saved = time.monotonic()
+        text = self.epochs[-1]["text"] if self.epochs else ""
+        progress.trained(self.folder, placement.step, placement.total, text)
+        while placement.epoch < epochs:
+            number = placement.epoch
+            for step in placement.train_epoch():
+                progress.trained(self.folder, step, placement.total, text)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self.save()
+                    saved = time.monotonic()
+            self.epochs.append(self._epoch(number))
+            text = self.epochs[-1]["text"]
+            self.save()
+            saved = time.monotonic()
+
+    def _epoch(self, number: int) -> dict[str, Any]:
+        placement = self.placement
+        names = placement.inserter.names
+        choices = placement.choices()
+        accuracy = float(placement.validate(choices).mean())
+        decisions = [each for each in placement.rewarded if each["epoch"] == number]
+        counts = Counter(each["stage"] for each in decisions)
+        best = names[Counter(choices).most_common(1)[0][0]]
+        return {
+            "epoch": number + 1,
+            "accuracy": accuracy,
+            "best": best,
+            "counts": {name: counts[name] for name in names},
+            "text": f"{100 * accuracy:.2f} %, best {best}",
+        }
+
+
+def _finished(run: _Folder, task: Task | None, device: torch.device) -> PlacementResult:
+    placement, config, folder = run.placement, run.config, run.folder
+    inserter, names = placement.inserter, placement.inserter.names
+    choices = placement.choices()
+    right = {name: placement.validate([action] * len(choices)) for action, name in enumerate(names)}
+    accuracy = float(placement.validate(choices).mean())
+    chosen = Counter(choices).most_common(1)[0][0]
+    network = inserter.network
+    network.train()  # a block that never was in training may be chosen too, and is the identity
+    inserter.insert(chosen)
+    network.eval()
+    test_accuracy = None if task is None else _test_accuracy(network, task, device)
+    collapse = collapse_of(placement.best)
+    chosen_in_training = choices_of(placement.rewarded, names)
+    summary = {
+        "model": config.model,
+        "data": config.data,
+        "agent": config.agent,
+        "stages": {stage.name: list(stage.shape) for stage in inserter.stages},
+        "stage": names[chosen],
+        "choices": [
+            {"regime": batch.regime, "stage": names[choice]}
+            for batch, choice in zip(placement.validation, choices, strict=True)
+        ],
+        "accuracy": accuracy,
+        "test_accuracy": test_accuracy,
+        "fixed": {
+            name: gain_of(each.numpy(), right[NONE].numpy()) | {"accuracy": float(each.mean())}
+            for name, each in right.items()
+        },
+        "decisions": len(placement.rewarded),
+        "chosen": chosen_in_training,
+        "reverted": placement.reverted,
+        "added_latency": dict(zip(names, placement.added_latency, strict=True))
+        if config.latency_price
+        else None,
+        "collapse": None if collapse is None else asdict(collapse) | {"action": names[collapse.action]},
+        "epochs": run.epochs,
+        "steps": placement.step,
+    }
+    _save_network(folder, config, network, names[chosen], placement)
+    save_placement_picture(summary, folder / "placement.png")
+    _write(folder / "summary.json", json.dumps(summary, indent=2))
+    return PlacementResult(
+        folder=folder,
+        network=network,
+        inserter=inserter,
+        stage=names[chosen],
+        accuracy=accuracy,
+        accuracies={name: float(each.mean()) for name, each in right.items()},
+        counts={name: row["times"] for name, row in chosen_in_training.items()},
+        collapsed=bool(collapse and collapse.collapsed),
+        test_accuracy=test_accuracy,
+        summary=summary,
+    )
+
+
+def _save_network(
+    folder: Path, config: PlacementConfig, network: nn.Module, stage: str, placement: Placement
+) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    replace_file(folder / "network.safetensors", lambda temporary: save_file(tensors, temporary))
+    x, _, _ = placement.validation[0]
+    with torch.no_grad():
+        classes = network(x[:2]).shape[1]
+    saved = {
+        "model": config.model,
+        "stage": stage,
+        "block": dict(config.block),
+        "channels": x.shape[1],
+        "classes": classes,
+        "input_shape": list(x.shape[1:]),
+    }
+    _write(folder / "network.json", json.dumps(saved, indent=2))
+
+
+@torch.no_grad()
+def _test_accuracy(network: nn.Module, task: Task, device: torch.device) -> float:
+    x, y = on_device(task.test_split(), device)
+    data = DeviceData.of(task, device)
+    logits = torch.cat([network(data.normalise(some)) for some in torch.split(x, 512)])
+    return float((logits.argmax(dim=1) == y).double().mean())
+
+
+def _network(
+    model: str | nn.Module, task: Task | None
+) -> tuple[nn.Module, Callable[[Tensor], Tensor] | None]:
+    """The network, and its compiled form where it came compiled."""
+    if isinstance(model, nn.Module):
+        plain = plain_network(model)
+        return plain, None if plain is model else model
+    if task is None:
+        raise ConfigError(f"model {model!r} is a name and the data are loaders: give the module itself")
+    return _built(model, task.spec.input_shape[0], task.spec.outputs), None
+
+
+def _built(name: str, channels: int, classes: int) -> nn.Module:
+    if name not in COMPONENTS["network"] and ":" not in name:
+        raise unknown_name("model", name, COMPONENTS["network"])
+    made = find("network", name)
+    if not isinstance(made, nn.Module):
+        try:
+            wanted = [p for p in inspect.signature(made).parameters.values() if p.default is p.empty]
+            made = made(channels, classes) if len(wanted) == 2 else made()
+        except TypeError as error:
+            raise ConfigError(
+                f"{name} makes no network of ({channels}, {classes}) or of nothing: {error}"
+            ) from error
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"{name} makes a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _agent(agent: Any, config: PlacementConfig, features: int, names: Sequence[str]) -> StageAgent:
+    if not isinstance(agent, str):
+        made: StageAgent = agent(features, len(names), seed=config.seed, **config.agent_options)
+        return made
+    if agent.startswith(FIXED):
+        name = agent.removeprefix(FIXED)
+        if name not in names:
+            raise ConfigError(f"agent {agent!r}: there is no stage {name!r}; choose from {', '.join(names)}")
+        return FixedAgent(names.index(name), len(names))
+    return make_agent(agent, features, len(names), seed=config.seed, **config.agent_options)
+
+
+def _options(what: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    known = inspect.signature(factory).parameters
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown option {what}.{name}: known are {', '.join(known)}")
+    return factory(**options)
+
+
+def _block(config: PlacementConfig) -> dict[str, Any]:
+    known = ("inner_channels", "kind", "subsample", "norm", "bias", "backend")
+    for name in config.block:
+        if name not in known:
+            raise ConfigError(f"unknown option block.{name}: known are {', '.join(known)}")
+    return dict(config.block)
+
+
+def _loaders(data: Any) -> tuple[Any, Any]:
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        raise DataError(
+            f"data is a {type(data).__name__}: give a task, its name, or (training, validation) loaders"
+        )
+    return data[0], data[1]
+
+
+def _device(name: str, network: nn.Module, *, moved: bool) -> torch.device:
+    if name == "auto" and not moved:  # a caller's network stays where it is
+        return next((p.device for p in network.parameters()), torch.device("cpu"))
+    return torch.device(resolve_device(name))
+
+
+def _gpus() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+
+
+def _named(given: Any) -> str:
+    if isinstance(given, str):
+        return given
+    if isinstance(given, Task):
+        return f"object Task {given.name} {given.data_hash[:16]}"
+    if isinstance(given, (tuple, list)):
+        return "object loaders"
+    return f"object {getattr(given, '__qualname__', type(given).__qualname__)}"
+
+
+def _default_folder(config: PlacementConfig) -> Path:
+    names = [
+        name.rpartition(":")[2].removeprefix("object ").replace(" ", "-")
+        for name in (config.model, config.data)
+    ]
+    digest = hashlib.sha256(f"{os.getpid()} {time.time_ns()}".encode()).hexdigest()[:4]
+    stem = "-".join([time.strftime("%Y%m%d-%H%M%S"), *names, config.agent.replace(":", "-"), digest])
+    return Path("runs") / stem
+
+
+def _saved_config(folder: Path) -> PlacementConfig:
+    try:
+        saved = json.loads((folder / CONFIG).read_text())
+        for name in ("stages", "regimes"):
+            saved[name] = None if saved[name] is None else tuple(saved[name])
+        return PlacementConfig(**saved)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{folder} is not a placement run that can be read: {error}") from error
+
+
+def _plain(config: PlacementConfig) -> dict[str, Any]:
+    """As it comes back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
+
+
+def _write(file: Path, text: str) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    replace_file(file, write)
