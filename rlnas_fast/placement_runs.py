@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,9 @@ __all__ = ["PlacementConfig", "PlacementResult", "Progress", "load_placed", "pla
 CONFIG, CHECKPOINT, DECISIONS = "placement.json", "checkpoint.pt", "decisions.jsonl"
 FIXED = "fixed:"
 SAVE_SECONDS = 20.0
+UNREADABLE = (
+    OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError
+)  # what a damaged checkpoint may raise  # fmt: skip
 
 
 class Progress(Protocol):
@@ -58,7 +62,24 @@ class Silent:
 class PlacementConfig:
     """Everything a placement run depends on, as ``place`` takes it; objects leave their type's name.
 
-    Attributes: see ``place``.
+    Attributes:
+        model, data, agent: names, or the types of objects.
+        stages: names of modules; None finds the last at each spatial size.
+        epochs: passes over the training split.
+        decide: anew for each "batch", at each change of "regime", or each "epoch".
+        metric: what a decision should improve on the validation split: "loss", "accuracy" or "f1".
+        delay: training passes until a decision is rewarded.
+        control: take off what the network without a block gained meanwhile (``RewardRule``).
+        latency_price: of an inference twice as long, in units of the metric; 0 measures no latency.
+        revert_below: after a smaller reward the network is set back to before the decision; None never.
+        regimes: of a task's images: "clean", "noise:0.5", "blur", ...
+        validation_batch: images in a validation batch of a task.
+        seed: of weights, order, agent and blocks.
+        device: "cpu", "cuda:0", ... or "auto", which leaves a module of the caller's where it is.
+        block: options of ``NonLocalBlock``.
+        agent_options: of the agent.
+        recipe: of training (``Recipe``).
+        task: of the task.
     """
 
     model: str
@@ -142,11 +163,9 @@ def place(
         agent: "q-table", "dqn", "reinforce" or "ppo"; "fixed:NAME" for always the same stage (or "none"); or
             what makes a ``StageAgent`` of (features, actions, seed=...).
         out: the run folder; by default a new one in ``runs/``.
-        settings: of ``PlacementConfig``: ``stages`` (names; None finds them), ``epochs``, ``decide``
-            ("batch", "regime" or "epoch"), ``metric`` ("loss", "accuracy" or "f1"), ``delay`` (training passes
-            until the reward), ``control``, ``latency_price``, ``revert_below``, ``regimes`` ("clean", "noise:0.5",
-            "blur"; of a task), ``validation_batch``, ``seed``, ``device``, and options in dicts: ``block``
-            (of ``NonLocalBlock``), ``agent_options``, ``recipe`` (of training), ``task``.
+        settings: of ``PlacementConfig``, where each is explained: ``stages``, ``epochs``, ``decide``,
+            ``metric``, ``delay``, ``control``, ``latency_price``, ``revert_below``, ``regimes``,
+            ``validation_batch``, ``seed``, ``device``, ``block``, ``agent_options``, ``recipe``, ``task``.
     Raises:
         ConfigError, ShapeError, DataError, MeterError: the input cannot be used; says which and why.
         RunError: ``out`` holds another run, or is being written.
@@ -230,7 +249,7 @@ def _placed(
                 network, example, config.stages, optimizer=optimizer, seed=config.seed, **_block(config)
             )
             layers = [stage.name for stage in inserter.stages]
-            with _closed_on_failure(inserter), ActivationProbe(network, layers) as probe:
+            with _closed_on_failure(inserter), ActivationProbe(network, layers, watch=False) as probe:
                 made = _agent(agent, config, probe.features, inserter.names)
                 placement = Placement(
                     inserter, probe, made, optimizer, batches,
@@ -322,7 +341,7 @@ class _Folder:
             if len(lines) < state["written"]:
                 raise ValueError(f"{DECISIONS} has fewer decisions than the checkpoint counts")
             self.placement.load_state_dict(state["placement"])
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
+        except UNREADABLE as error:
             raise RunError(f"{checkpoint} cannot be read: {error}") from error
         self.placement.rewarded = [json.loads(line) for line in lines]
         self.placement.added_latency = tuple(state["added_latency"])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError, DataError, ShapeError, unknown_name
 from .inserter import StageWithBlock
@@ -54,11 +55,14 @@ class ActivationProbe:
             the network is compiled for the first time, since PyTorch does not look for new hooks after it.
         layers: names of modules whose output is [B, C, ...] or [B, C].
         values: about how many to look at in each layer; None looks at all.
+        watch: look at every pass; else only ``observe`` looks, and other passes cost nothing.
     Raises:
         ConfigError: a name that does not exist, or ``values`` below 1.
     """
 
-    def __init__(self, network: nn.Module, layers: Sequence[str], *, values: int | None = VALUES) -> None:
+    def __init__(
+        self, network: nn.Module, layers: Sequence[str], *, values: int | None = VALUES, watch: bool = True
+    ) -> None:
         self._network = plain_network(network)
         self.layers = tuple(layers)
         if not self.layers:
@@ -74,7 +78,10 @@ class ActivationProbe:
         self._stop_when_seen = False
         # A layer that stands behind a block's wrapper is reached by the name of the wrapper.
         modules = {name: _behind(known[name]) for name in self.layers}
-        self._handles = [module.register_forward_hook(_Watch(self, name)) for name, module in modules.items()]
+        self._modules, self._watch = modules, watch
+        self._handles: list[RemovableHandle] = []
+        if watch:
+            self._attach()
 
     @property
     def features(self) -> int:
@@ -114,6 +121,8 @@ class ActivationProbe:
         """
         self._seen.clear()
         self._stop_when_seen = True
+        if not self._watch:
+            self._attach()
         try:
             with observing(self._network):
                 run_network(self._network, batch)
@@ -121,6 +130,8 @@ class ActivationProbe:
             pass
         finally:
             self._stop_when_seen = False
+            if not self._watch:
+                self.close()
         return self.state()
 
     def close(self) -> None:
@@ -128,6 +139,11 @@ class ActivationProbe:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _attach(self) -> None:
+        self._handles = [
+            module.register_forward_hook(_Watch(self, name)) for name, module in self._modules.items()
+        ]
 
     def __enter__(self) -> ActivationProbe:
         return self

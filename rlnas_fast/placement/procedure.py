@@ -141,7 +141,7 @@ class Placement:
         self._waiting: list[Decision] = []
         self._held: int | None = None  # the action in force
         self._held_for: tuple[int, str] | None = None
-        self._forward = forward or self.network
+        self._forward = self.network if forward is None else forward
         self.epoch, self._position = 0, 0
         self._random: Mapping[str, Any] | None = None  # torch's generators, where a saved epoch goes on
         self._random_at_epoch = _random_state(self._device)
@@ -175,6 +175,8 @@ class Placement:
                 yield self.step
             elif position == passed - 1 and self._random is not None:
                 _set_random_state(self._random, self._device)
+        if not self._position:
+            raise DataError("the training loader yields nothing")
         self._random = None
         self.epoch, self._position = self.epoch + 1, 0
 
