@@ -72,6 +72,7 @@ class PlacementConfig:
         control: take off what the network without a block gained meanwhile (``RewardRule``).
         latency_price: of an inference twice as long, in units of the metric; 0 measures no latency.
         revert_below: after a smaller reward the network is set back to before the decision; None never.
+        explore_until: share of the training after which the agent does only what it thinks best.
         regimes: of a task's images: "clean", "noise:0.5", "blur", ...
         validation_batch: images in a validation batch of a task.
         seed: of weights, order, agent and blocks.
@@ -93,6 +94,7 @@ class PlacementConfig:
     control: bool = True
     latency_price: float = 0.0
     revert_below: float | None = None
+    explore_until: float = 0.7
     regimes: tuple[str, ...] = (CLEAN,)
     validation_batch: int = 128
     seed: int = 0
@@ -164,8 +166,8 @@ def place(
             what makes a ``StageAgent`` of (features, actions, seed=...).
         out: the run folder; by default a new one in ``runs/``.
         settings: of ``PlacementConfig``, where each is explained: ``stages``, ``epochs``, ``decide``,
-            ``metric``, ``delay``, ``control``, ``latency_price``, ``revert_below``, ``regimes``,
-            ``validation_batch``, ``seed``, ``device``, ``block``, ``agent_options``, ``recipe``, ``task``.
+            ``metric``, ``delay``, ``control``, ``latency_price``, ``revert_below``, ``explore_until``,
+            ``regimes``, ``validation_batch``, ``seed``, ``device``, ``block``, ``agent_options``, ``recipe``, ``task``.
     Raises:
         ConfigError, ShapeError, DataError, MeterError: the input cannot be used; says which and why.
         RunError: ``out`` holds another run, or is being written.
@@ -255,6 +257,7 @@ def _placed(
                     inserter, probe, made, optimizer, batches,
                     rate=lambda spent: recipe.learning_rate * rate_factor(spent, recipe.warmup),
                     epochs=config.epochs, rule=rule, decide=config.decide, revert_below=config.revert_below,
+                    explore_until=config.explore_until,
                     label_smoothing=recipe.label_smoothing, forward=compiled,
                 )  # fmt: skip
                 with _Folder(folder, config, placement) as run:

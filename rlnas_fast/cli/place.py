@@ -39,6 +39,9 @@ def place(
     revert_below: Annotated[
         float | None, typer.Option(help="Take a decision back if its reward is less.")
     ] = None,
+    explore_until: Annotated[
+        float, typer.Option(help="Share of the training after which nothing is tried any more.")
+    ] = 0.7,
     regimes: Annotated[str, typer.Option(help="Of the images, e.g. clean,noise:0.5,blur.")] = "clean",
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda:0, ... or auto.")] = "auto",
@@ -70,6 +73,7 @@ def place(
             delay=delay,
             latency_price=latency_price,
             revert_below=revert_below,
+            explore_until=explore_until,
             regimes=regimes.split(","),
             seed=seed,
             device=device,

@@ -96,6 +96,8 @@ class Placement:
         decide: a new decision for every "batch", at every change of the "regime", or every "epoch".
         revert_below: after a smaller reward the network, its blocks and its optimiser are set back to what
             they were before the decision, and decisions taken since are forgotten; None never does.
+        explore_until: share of the training after which the agent only does what it thinks best, so that the
+            network ends with the blocks, and BatchNorm with the statistics, that it will be used with.
         label_smoothing: of the training loss.
         added_latency: share of its own latency that each action adds to the network's; 0 for "none".
         forward: what answers in training passes, such as a compiled form of the network; None is the network.
@@ -116,6 +118,7 @@ class Placement:
         rule: RewardRule | None = None,
         decide: str = "batch",
         revert_below: float | None = None,
+        explore_until: float = 0.7,
         label_smoothing: float = 0.0,
         added_latency: tuple[float, ...] | None = None,
         forward: Callable[[Tensor], Tensor] | None = None,
@@ -124,6 +127,8 @@ class Placement:
             raise unknown_name("decide", decide, DECIDE)
         if epochs < 1:
             raise ConfigError(f"epochs = {epochs}: give at least 1")
+        if not 0 <= explore_until <= 1:
+            raise ConfigError(f"explore_until = {explore_until}: give a share of the training, 0 to 1")
         if revert_below is not None and not math.isfinite(revert_below):
             raise ConfigError(f"revert_below = {revert_below}: give a finite number")
         self.inserter, self.probe, self.agent = inserter, probe, agent
@@ -137,7 +142,7 @@ class Placement:
         self._device = batches.validation[0].x.device
         self._optimizer, self._batches, self._rate = optimizer, batches, rate
         self._epochs, self._decide, self._revert_below = epochs, decide, revert_below
-        self._smoothing = label_smoothing
+        self._smoothing, self._explore_until = label_smoothing, explore_until
         self._waiting: list[Decision] = []
         self._held: int | None = None  # the action in force
         self._held_for: tuple[int, str] | None = None
@@ -253,7 +258,7 @@ class Placement:
     def _choose(self, batch: Batch) -> None:
         self.inserter.remove()
         state = self.probe.observe(batch.x)
-        action = self.agent.select(state)
+        action = self.agent.select(state, explore=self.step < self._explore_until * self.total)
         if not 0 <= action < len(self.inserter.names):
             raise ConfigError(f"the agent chose action {action}; there are {len(self.inserter.names)}")
         best = int(self.agent.probabilities(state).argmax())

@@ -76,7 +76,7 @@ def placement(agent: Any, batches: Any = None, dropout: float = 0.0, **options: 
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
     inserter = NonLocalInserter(network, batches.validation[0].x, optimizer=optimizer)
     probe = ActivationProbe(network, [stage.name for stage in inserter.stages])
-    settings: dict[str, Any] = {"rate": lambda spent: 0.05, "epochs": 2} | options
+    settings: dict[str, Any] = {"rate": lambda spent: 0.05, "epochs": 2, "explore_until": 1.0} | options
     return Placement(inserter, probe, agent, optimizer, batches, **settings)
 
 
@@ -110,6 +110,11 @@ def test_decisions_come_when_they_should_and_are_rewarded_later(decide: str, sta
     for each, (action, reward) in zip(made.rewarded, agent.told, strict=True):
         assert reward == pytest.approx(each["after"] - each["without"])
         assert made.inserter.names[action] == each["stage"]
+
+
+def test_at_the_end_nothing_is_tried_any_more() -> None:
+    made = run(placement(Script([2]), explore_until=0.5, rule=RewardRule(delay=1)))
+    assert [each["stage"] for each in made.rewarded] == ["stage2"] * 3 + ["stage1"] * 3
 
 
 def test_without_control_the_reward_is_the_change_and_latency_has_its_price() -> None:
@@ -217,6 +222,7 @@ def test_divergence_and_an_empty_loader_are_named() -> None:
     [
         ({"decide": "bach"}, "did you mean 'batch'"),
         ({"epochs": 0}, "epochs = 0"),
+        ({"explore_until": 1.5}, "explore_until = 1.5"),
         ({"revert_below": float("nan")}, "revert_below = nan"),
     ],
 )
