@@ -188,8 +188,9 @@ def test_a_folder_with_something_else_is_named(tmp_path: Path) -> None:
 
 KILLED = """
 import sys
+import rlnas_fast.placement_folder as folder
 import rlnas_fast.placement_runs as runs
-runs.SAVE_SECONDS = 0.0
+folder.SAVE_SECONDS = 0.0
 class Slow(runs.Silent):
     def trained(self, folder, done, total, text):
         import time; time.sleep(0.05)
@@ -222,7 +223,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
 
 
 def test_loaders_and_dropout_resume_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlnas_fast.placement_runs.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("rlnas_fast.placement_folder.SAVE_SECONDS", 0.0)
 
     class Stop(Exception):
         pass

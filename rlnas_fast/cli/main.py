@@ -144,7 +144,8 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on where a run was stopped."""
-    from ..placement_runs import CONFIG, resume_place
+    from ..placement_folder import CONFIG
+    from ..placement_runs import resume_place
 
     if (folder / CONFIG).is_file():
         from .place import show_placement
