@@ -48,7 +48,7 @@ def _noise(x: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
 
 def _patch_shuffle(x: Tensor, side: float, generator: torch.Generator) -> Tensor:
     """Cuts each image into squares and puts them together in an order of its own."""
-    n, channels, height, _ = x.shape
+    n, _, height, _ = x.shape
     patches = F.unfold(x, int(side), stride=int(side))  # [N, C x side x side, patches]
     order = torch.rand(n, 1, patches.shape[2], generator=generator).argsort(dim=2)
     return F.fold(patches.gather(2, order.expand_as(patches)), height, int(side), stride=int(side))
