@@ -141,7 +141,7 @@ class PlacementFolder:
         if not checkpoint.exists():
             return False
         try:
-            state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+            state = torch.load(checkpoint, weights_only=True)
             lines = (self.folder / DECISIONS).read_text().splitlines(keepends=True)[: state["written"]]
             if len(lines) < state["written"]:
                 raise ValueError(f"{DECISIONS} has fewer decisions than the checkpoint counts")
@@ -193,8 +193,7 @@ class PlacementFolder:
         names = placement.inserter.names
         choices = placement.choices()
         accuracy = float(placement.validate(choices).mean())
-        decisions = [each for each in placement.rewarded if each["epoch"] == number]
-        counts = Counter(each["stage"] for each in decisions)
+        counts = Counter(names[action] for epoch, action in placement.taken if epoch == number)
         best = names[Counter(choices).most_common(1)[0][0]]
         return {
             "epoch": number + 1,

@@ -235,7 +235,8 @@ def _finished(run: PlacementFolder, task: Task | None, device: torch.device) -> 
     network.eval()
     test_accuracy = None if task is None else _test_accuracy(network, task, device)
     collapse = collapse_of(placement.best)
-    chosen_in_training = choices_of(placement.rewarded, names)
+    times = Counter(names[action] for _, action in placement.taken)
+    counts = {name: times[name] for name in names}
     summary = {
         "model": config.model,
         "data": config.data,
@@ -252,8 +253,9 @@ def _finished(run: PlacementFolder, task: Task | None, device: torch.device) -> 
             name: gain_of(each.numpy(), right[NONE].numpy()) | {"accuracy": float(each.mean())}
             for name, each in right.items()
         },
-        "decisions": len(placement.rewarded),
-        "chosen": chosen_in_training,
+        "decisions": len(placement.taken),
+        "counts": counts,
+        "rewards": choices_of(placement.rewarded, names),
         "reverted": placement.reverted,
         "added_latency": dict(zip(names, placement.added_latency, strict=True))
         if config.latency_price
@@ -272,7 +274,7 @@ def _finished(run: PlacementFolder, task: Task | None, device: torch.device) -> 
         stage=names[chosen],
         accuracy=accuracy,
         accuracies={name: float(each.mean()) for name, each in right.items()},
-        counts={name: row["times"] for name, row in chosen_in_training.items()},
+        counts=counts,
         collapsed=bool(collapse and collapse.collapsed),
         test_accuracy=test_accuracy,
         summary=summary,
@@ -284,7 +286,8 @@ def _save_network(
 ) -> None:
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    # Copies: weights that a network ties together share memory, which the format does not allow.
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
     replace_file(folder / "network.safetensors", lambda temporary: save_file(tensors, temporary))
     x, _, _ = placement.validation[0]
     with torch.no_grad():

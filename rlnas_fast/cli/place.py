@@ -102,7 +102,7 @@ def show_placement(result: PlacementResult, as_json: bool) -> None:
         added = (summary["added_latency"] or {}).get(name)
         gain, low, high = (100 * row[key] for key in ("gain", "low", "high"))
         table.add_row(
-            name, shape, str(summary["chosen"][name]["times"]), f"{100 * row['accuracy']:.2f}",
+            name, shape, str(summary["counts"][name]), f"{100 * row['accuracy']:.2f}",
             "" if name == "none" else f"{gain:+.2f} ({low:+.2f} to {high:+.2f})",
             "" if added is None or name == "none" else f"{100 * added:+.0f} %",
         )  # fmt: skip

@@ -53,7 +53,7 @@ class TaskBatches:
         augment: names of augmentations.
         regimes: "clean", or corruptions such as "noise:0.5" and "blur"; a training batch gets one of them at
             random, every validation batch comes under each.
-        validation_batch: images in a validation batch.
+        validation_batch: about how many images a validation batch has.
         seed: of everything that is drawn.
     Raises:
         ConfigError: an unknown regime.
@@ -96,7 +96,8 @@ class TaskBatches:
     def _validation(self, size: int) -> Iterator[Batch]:
         order = torch.randperm(len(self._data.x_validation), generator=self._generator(-1, "cpu"))
         chance = self._generator(-1, self._data.x.device)
-        for rows in torch.split(order.to(self._data.x.device), size):
+        parts = max(1, round(len(order) / size))  # of equal size: each may judge decisions
+        for rows in torch.tensor_split(order.to(self._data.x.device), parts):
             x, y = self._data.normalise(self._data.x_validation[rows]), self._data.y_validation[rows]
             for regime, corruption in self._regimes:
                 yield Batch(x if corruption is None else corrupted(x, corruption, chance), y, regime)

@@ -101,6 +101,15 @@ class Placement:
         label_smoothing: of the training loss.
         added_latency: share of its own latency that each action adds to the network's; 0 for "none".
         forward: what answers in training passes, such as a compiled form of the network; None is the network.
+
+    Attributes:
+        step: training passes so far; ``total`` is how many there will be.
+        epoch: the one that ``train_epoch`` goes on with, from 0.
+        taken: (epoch, action) of every decision.
+        best: (training pass, action that the agent thought best) of every decision.
+        rewarded: what is known of every decision that has had its reward, as plain data.
+        reverted: how many decisions were taken back.
+
     Raises:
         ConfigError: an option is out of range.
     """
@@ -137,6 +146,7 @@ class Placement:
         self.added_latency = added_latency or (0.0,) * len(inserter.names)
         self.rewarded: list[dict[str, Any]] = []
         self.best: list[tuple[int, int]] = []
+        self.taken: list[tuple[int, int]] = []
         self.step = 0
         self.reverted = 0
         self._device = batches.validation[0].x.device
@@ -194,6 +204,7 @@ class Placement:
             "held": self._held,
             "held_for": self._held_for,
             "best": self.best,
+            "taken": self.taken,
             "at": (self.epoch, self._position, self.step, self.reverted),
             "random": _random_state(self._device),
             "random_at_epoch": self._random_at_epoch,
@@ -205,7 +216,7 @@ class Placement:
         self.agent.load_state_dict(state["agent"])
         self._waiting = [Decision(**decision) for decision in state["waiting"]]
         self._held, self._held_for = state["held"], state["held_for"]
-        self.best = [(step, action) for step, action in state["best"]]
+        self.best, self.taken = list(state["best"]), list(state["taken"])
         self.epoch, self._position, self.step, self.reverted = state["at"]
         self._random, self._random_at_epoch = state["random"], state["random_at_epoch"]
         _set_random_state(self._random, self._device)
@@ -279,6 +290,7 @@ class Placement:
             )
         )
         self.best.append((self.step, best))
+        self.taken.append((self.epoch, action))
         self._held = action
 
     def _train(self, batch: Batch) -> None:

@@ -25,7 +25,7 @@ def gain_of(right: np.ndarray, without: np.ndarray) -> dict[str, float]:
 
 
 def choices_of(decisions: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """How often each stage was chosen, under which regime, and what its block did to the metric.
+    """How often each stage was rewarded, under which regime, and what its block did to the metric.
 
     The effect, with its 95 % interval, is that of the later half of the decisions, when the blocks had been
     trained.
@@ -43,7 +43,7 @@ def choices_of(decisions: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
             if each["stage"] == name
         ]
         rows[name] = {
-            "times": len(own),
+            "rewarded": len(own),
             "regimes": dict(sorted(Counter(each["regime"] for each in own).items())),
             "effect": None,
             "low": None,
