@@ -160,7 +160,7 @@ def _placed(
 ) -> PlacementResult:
     rule = RewardRule(config.metric, config.delay, config.latency_price, config.control)
     recipe = _options("recipe", Recipe, config.recipe)
-    with torch.random.fork_rng(devices=_gpus()):
+    with torch.random.fork_rng(devices=_gpus(config.device, model)):
         torch.manual_seed(config.seed)
         task = data if isinstance(data, Task) else None
         if isinstance(data, str):
@@ -382,8 +382,12 @@ def _device(name: str, network: nn.Module, *, moved: bool) -> torch.device:
     return torch.device(resolve_device(name))
 
 
-def _gpus() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+def _gpus(device: str, model: str | nn.Module) -> list[int]:
+    """The GPUs whose random state the run draws from."""
+    used = {p.device for p in model.parameters()} if isinstance(model, nn.Module) else set()
+    if device != "auto" or not used:
+        used.add(torch.device(resolve_device(device)))
+    return [each.index or 0 for each in used if each.type == "cuda"]
 
 
 def _named(given: Any) -> str:
