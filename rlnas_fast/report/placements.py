@@ -83,7 +83,7 @@ def save_placement_picture(summary: Mapping[str, Any], file: Path) -> None:
     accuracy = times.twinx()
     accuracy.plot(at, [100 * row["accuracy"] for row in epochs], "k.-", linewidth=1.2)
     accuracy.set_ylabel("validation accuracy of the policy, %")
-    times.legend(fontsize=8, loc="lower left")
+    figure.legend(*times.get_legend_handles_labels(), fontsize=8, loc="outside upper left", ncols=len(names))
     for number, name in enumerate(names):
         row = fixed[name]
         gains.errorbar(
@@ -93,7 +93,7 @@ def save_placement_picture(summary: Mapping[str, Any], file: Path) -> None:
         )  # fmt: skip
     gains.axhline(0, color="gray", linewidth=0.8)
     gains.set_xticks(range(len(names)), names)
-    gains.set_ylabel("validation accuracy less that without a block, points")
-    gains.set_title(f"the trained network with each block; chosen: {summary['stage']}", fontsize=9)
+    gains.set_ylabel("points of accuracy over no block")
+    gains.set_title(f"trained network with each block; in use: {summary['stage']}", fontsize=9)
     FigureCanvasAgg(figure)
     replace_file(file, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
