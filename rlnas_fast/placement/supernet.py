@@ -30,7 +30,8 @@ class StageSupernet(nn.Module):
     """A copy of a network with a block behind each candidate stage, of which at most one is used at a time.
 
     Up to its block a path is the network itself, and so is all of path "none".  Behind the block the
-    weights are shared, but each BatchNorm has a copy for that path alone: what flows there differs.
+    weights are shared.  Where the network learns too, each BatchNorm behind the block has a copy for that
+    path alone, as what flows there differs.
 
     Source: single-path training as in Guo et al., Single Path One-Shot Neural Architecture Search with
     Uniform Sampling (2020); a BatchNorm for each path as in Yu et al., Slimmable Neural Networks (2019).
@@ -39,8 +40,8 @@ class StageSupernet(nn.Module):
         network: any module that ``find_stages`` takes; stays as it is.
         batch: [B, ...] that shows what flows where.
         stages: names of modules; None finds the last at each spatial size.
-        freeze: the network's own weights and statistics do not learn, only the blocks and the BatchNorms
-            behind them do: path "none" stays the network that was given.  For a network that is trained.
+        freeze: only the blocks learn; the network's weights and statistics stay as given, and its modules
+            in evaluation mode.  For a network that is trained.
         seed: of the blocks' weights; None draws them from torch's generator.
         options: of ``NonLocalBlock``.
 
@@ -63,12 +64,14 @@ class StageSupernet(nn.Module):
     ) -> None:
         super().__init__()
         self.network = copy.deepcopy(plain_network(network))
-        if freeze:
-            self.network.requires_grad_(False)
+        self.freeze = freeze
         self._route = _Route()
         found = find_stages(self.network, batch, stages)
         self.names = ("none", *(stage.name for stage in found))
-        _copy_norms(self.network, len(self.names), self._route, freeze=freeze)
+        if freeze:
+            self.network.requires_grad_(False)
+        else:
+            _copy_norms(self.network, len(self.names), self._route)
         self.blocks = nn.ModuleList()
         for action, name in enumerate(self.names[1:], start=1):
             block = fitted_block(
@@ -79,7 +82,7 @@ class StageSupernet(nn.Module):
             )
             self.blocks.append(block)
             self.network.get_submodule(name).register_forward_hook(_Insertion(action, block, self._route))
-        self.freeze = freeze
+        self.train(network.training)
 
     @property
     def action(self) -> int:
@@ -95,6 +98,13 @@ class StageSupernet(nn.Module):
         """Takes an action uniformly, of those that have anything to learn."""
         first = 1 if self.freeze else 0
         self.action = int(torch.randint(first, len(self.names), (), generator=generator))
+
+    def train(self, mode: bool = True) -> StageSupernet:
+        """Sets the mode; a frozen network stays in evaluation."""
+        super().train(mode)
+        if self.freeze:
+            self.network.eval()
+        return self
 
     def forward(self, x: Tensor) -> Any:
         """What the network answers with the block of ``action`` in it."""
@@ -267,31 +277,23 @@ class _Insertion:
 class _PathNorm(nn.Module):
     """A BatchNorm for each path; the first is the network's own, and serves all up to their blocks."""
 
-    def __init__(self, norm: nn.Module, actions: int, route: _Route, *, freeze: bool) -> None:
+    def __init__(self, norm: nn.Module, actions: int, route: _Route) -> None:
         super().__init__()
-        copies = [copy.deepcopy(norm).requires_grad_() for _ in range(1, actions)]
-        self.norms = nn.ModuleList([norm, *copies])
-        self._route, self._freeze = route, freeze
-        self.train(norm.training)
-
-    def train(self, mode: bool = True) -> _PathNorm:
-        super().train(mode)
-        if self._freeze:
-            self.norms[0].eval()
-        return self
+        self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in range(1, actions))])
+        self._route = route
 
     def forward(self, x: Tensor) -> Tensor:
         answer: Tensor = self.norms[self._route.passed](x)
         return answer
 
 
-def _copy_norms(network: nn.Module, actions: int, route: _Route, *, freeze: bool) -> None:
+def _copy_norms(network: nn.Module, actions: int, route: _Route) -> None:
     made: dict[nn.Module, _PathNorm] = {}  # a norm that is used in two places stays one
     for parent in list(network.modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves out the second place
             if isinstance(child, _BatchNorm):
                 if child not in made:
-                    made[child] = _PathNorm(child, actions, route, freeze=freeze)
+                    made[child] = _PathNorm(child, actions, route)
                 setattr(parent, name, made[child])
 
 
