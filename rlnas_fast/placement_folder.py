@@ -17,6 +17,7 @@ import torch
 from .errors import ConfigError, RunError
 from .placement.batches import CLEAN
 from .placement.procedure import Placement
+from .placement.rewards import AddedLatency
 from .search.archives import replace_file
 from .storage.writer_lock import WriterLock
 
@@ -149,7 +150,7 @@ class PlacementFolder:
         except UNREADABLE as error:
             raise RunError(f"{checkpoint} cannot be read: {error}") from error
         self.placement.rewarded = [json.loads(line) for line in lines]
-        self.placement.added_latency = tuple(state["added_latency"])
+        self.placement.added_latency = AddedLatency(**state["added_latency"])
         self.epochs, self._written = state["epochs"], state["written"]
         write_text(self.folder / DECISIONS, "".join(lines))
         return True
@@ -165,7 +166,7 @@ class PlacementFolder:
         self._written = len(placement.rewarded)
         state = {
             "placement": placement.state_dict(),
-            "added_latency": placement.added_latency,
+            "added_latency": asdict(placement.added_latency),
             "epochs": self.epochs,
             "written": self._written,
         }

@@ -234,7 +234,7 @@ def _finished(run: PlacementFolder, task: Task | None, device: torch.device) -> 
     inserter.insert(chosen)
     network.eval()
     test_accuracy = None if task is None else _test_accuracy(network, task, device)
-    collapse = collapse_of(placement.best)
+    collapse, latency = collapse_of(placement.best), placement.added_latency
     times = Counter(names[action] for _, action in placement.taken)
     counts = {name: times[name] for name in names}
     summary = {
@@ -257,9 +257,8 @@ def _finished(run: PlacementFolder, task: Task | None, device: torch.device) -> 
         "counts": counts,
         "rewards": choices_of(placement.rewarded, names),
         "reverted": placement.reverted,
-        "added_latency": dict(zip(names, placement.added_latency, strict=True))
-        if config.latency_price
-        else None,
+        "added_latency": dict(zip(names, latency.shares, strict=True)) if config.latency_price else None,
+        "latency_caveats": list(latency.caveats),
         "collapse": None if collapse is None else asdict(collapse) | {"action": names[collapse.action]},
         "epochs": run.epochs,
         "steps": placement.step,

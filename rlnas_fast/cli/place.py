@@ -119,6 +119,8 @@ def show_placement(result: PlacementResult, as_json: bool) -> None:
             f"{collapse['action']} best, whatever the state",
             highlight=False,
         )
+    for caveat in summary["latency_caveats"]:
+        say(f"caveat of the latency: {caveat}", highlight=False, markup=False)
     if summary["reverted"]:
         say(f"{summary['reverted']} decisions were taken back", highlight=False)
     say(f"Everything is in {result.folder}", highlight=False, soft_wrap=True)

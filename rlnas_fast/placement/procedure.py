@@ -17,7 +17,7 @@ from .agents import StageAgent
 from .batches import Batch, Batches
 from .inserter import NonLocalInserter
 from .probe import ActivationProbe
-from .rewards import METRICS, Decision, RewardRule
+from .rewards import METRICS, AddedLatency, Decision, RewardRule
 from .stages import observing
 
 __all__ = ["DECIDE", "Collapse", "FixedAgent", "Placement", "collapse_of"]
@@ -99,7 +99,7 @@ class Placement:
         explore_until: share of the training after which the agent only does what it thinks best, so that the
             network ends with the blocks, and BatchNorm with the statistics, that it will be used with.
         label_smoothing: of the training loss.
-        added_latency: share of its own latency that each action adds to the network's; 0 for "none".
+        added_latency: of each action, where it has a price.
         forward: what answers in training passes, such as a compiled form of the network; None is the network.
 
     Attributes:
@@ -129,7 +129,7 @@ class Placement:
         revert_below: float | None = None,
         explore_until: float = 0.7,
         label_smoothing: float = 0.0,
-        added_latency: tuple[float, ...] | None = None,
+        added_latency: AddedLatency | None = None,
         forward: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if decide not in DECIDE:
@@ -143,7 +143,7 @@ class Placement:
         self.inserter, self.probe, self.agent = inserter, probe, agent
         self.network = inserter.network
         self.rule = rule or RewardRule()
-        self.added_latency = added_latency or (0.0,) * len(inserter.names)
+        self.added_latency = added_latency or AddedLatency((0.0,) * len(inserter.names))
         self.rewarded: list[dict[str, Any]] = []
         self.best: list[tuple[int, int]] = []
         self.taken: list[tuple[int, int]] = []
@@ -272,7 +272,7 @@ class Placement:
         action = self.agent.select(state, explore=self.step < self._explore_until * self.total)
         if not 0 <= action < len(self.inserter.names):
             raise ConfigError(f"the agent chose action {action}; there are {len(self.inserter.names)}")
-        best = int(self.agent.probabilities(state).argmax())
+        best = self.agent.select(state, explore=False)
         judges = self._judges.get(batch.regime) or list(range(len(self._batches.validation)))
         judge = judges[self.epoch % len(judges)]
         saved = None if self._revert_below is None else self.inserter.state_dict()
@@ -310,7 +310,7 @@ class Placement:
         after = without
         if decision.action:
             after = self._score(decision.action, decision.judge)
-        reward = self.rule.reward(decision.before, after, without, self.added_latency[decision.action])
+        reward = self.rule.reward(decision.before, after, without, self.added_latency.shares[decision.action])
         self._waiting.remove(decision)
         self.agent.update(decision.state, decision.action, reward)
         reverted = self._revert_below is not None and reward < self._revert_below

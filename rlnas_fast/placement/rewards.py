@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from ..hardware import meter_for
 from .inserter import NonLocalInserter
 from .stages import observing
 
-__all__ = ["METRICS", "Decision", "RewardRule", "added_latency", "macro_f1"]
+__all__ = ["METRICS", "AddedLatency", "Decision", "RewardRule", "added_latency", "macro_f1"]
 
 
 def accuracy(logits: Tensor, y: Tensor) -> float:
@@ -39,6 +40,7 @@ def macro_f1(logits: Tensor, y: Tensor) -> float:
     return float((2 * confusion.diagonal().double() / both)[both > 0].mean())
 
 
+LATENCY_ROUNDS = 3
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "accuracy": accuracy,
     "loss": negative_loss,
@@ -116,8 +118,23 @@ class Decision:
     saved: dict[str, Any] | None = None
 
 
-def added_latency(inserter: NonLocalInserter, x: Tensor, device: str) -> tuple[float, ...]:
-    """Share of the network's own latency that the block of each action adds to it, measured now.
+@dataclass(frozen=True)
+class AddedLatency:
+    """What blocks cost, measured.
+
+    Attributes:
+        shares: of the network's own latency, that each action adds to it; 0 for "none".
+        caveats: what makes these figures less than they seem, one short clause each.
+    """
+
+    shares: tuple[float, ...]
+    caveats: tuple[str, ...] = ()
+
+
+def added_latency(inserter: NonLocalInserter, x: Tensor, device: str) -> AddedLatency:
+    """Measures how much longer the network takes with each stage's block.
+
+    Each share is the median of ``LATENCY_ROUNDS`` ratios, each of two measurements that follow each other.
 
     Args:
         x: what the network is measured with, such as one sample.
@@ -126,16 +143,27 @@ def added_latency(inserter: NonLocalInserter, x: Tensor, device: str) -> tuple[f
         MeterError: the device cannot be measured.
     """
     meter, network, inserted = meter_for(device), inserter.network, inserter.inserted
-    seconds = []
+    caveats: dict[str, None] = {}
+
+    def seconds(action: int) -> float:
+        inserter.remove()
+        inserter.insert_again(action)
+        with observing(network):
+            cost = meter.measure(lambda: network(x))
+        caveats.update(dict.fromkeys(cost.caveats))
+        assert cost.latency_s is not None
+        return cost.latency_s
+
     try:
-        for action in range(len(inserter.names)):
-            inserter.remove()
-            inserter.insert_again(action)
-            with observing(network):
-                latency_s = meter.measure(lambda: network(x)).latency_s
-            assert latency_s is not None
-            seconds.append(latency_s)
+        shares = [
+            statistics.median(_added(seconds(0), seconds(action)) for _ in range(LATENCY_ROUNDS))
+            for action in range(1, len(inserter.names))
+        ]
     finally:
         inserter.remove()
         inserter.insert_again(inserted)
-    return (0.0, *(each / seconds[0] - 1 for each in seconds[1:]))
+    return AddedLatency((0.0, *shares), tuple(caveats))
+
+
+def _added(without_s: float, with_s: float) -> float:
+    return with_s / without_s - 1

@@ -16,7 +16,7 @@ from rlnas_fast.placement.inserter import NonLocalInserter
 from rlnas_fast.placement.models import StageCNN
 from rlnas_fast.placement.probe import ActivationProbe
 from rlnas_fast.placement.procedure import FixedAgent, Placement, collapse_of
-from rlnas_fast.placement.rewards import RewardRule
+from rlnas_fast.placement.rewards import AddedLatency, RewardRule
 from rlnas_fast.tasks.digits import digits
 from rlnas_fast.training.data import DeviceData
 from rlnas_fast.training.recipe import Recipe
@@ -120,7 +120,7 @@ def test_at_the_end_nothing_is_tried_any_more() -> None:
 def test_without_control_the_reward_is_the_change_and_latency_has_its_price() -> None:
     agent = Script([0, 2])
     rule = RewardRule(metric="accuracy", delay=1, latency_price=0.5, control=False)
-    made = run(placement(agent, rule=rule, added_latency=(0.0, 0.1, 0.2, 0.3)))
+    made = run(placement(agent, rule=rule, added_latency=AddedLatency((0.0, 0.1, 0.2, 0.3))))
     for each, (action, reward) in zip(made.rewarded, agent.told, strict=True):
         assert reward == pytest.approx(each["after"] - each["before"] - 0.5 * 0.1 * action)
 

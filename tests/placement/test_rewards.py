@@ -55,8 +55,8 @@ def test_latency_is_measured_for_every_stage_and_the_network_left_alone() -> Non
     inserter.insert(2)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     added = added_latency(inserter, x[:1], "cpu")
-    assert len(added) == 4
-    assert added[0] == 0.0
+    assert len(added.shares) == 4
+    assert added.shares[0] == 0.0
     assert inserter.inserted == 2
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
