@@ -88,10 +88,6 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "train-child": "rlnas_fast.evaluators.train_child:TrainChild",
         "tabular": "rlnas_fast.evaluators.tabular:Tabular",
     },
-    "network": {
-        "resnet20": "rlnas_fast.placement.models:resnet20",
-        "stage-cnn": "rlnas_fast.placement.models:stage_cnn",
-    },
     "meter": {
         "wall-clock": "rlnas_fast.hardware.wall_clock:WallClockMeter",
         "cuda-events": "rlnas_fast.hardware.cuda_events:CudaEventMeter",

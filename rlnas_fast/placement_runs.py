@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compose import COMPONENTS, Component, find, make, resolve_device
+from .compose import Component, find, make, resolve_device
 from .errors import ConfigError, DataError, RunError, unknown_name
 from .placement.agents import StageAgent, make_agent
 from .placement.batches import CLEAN, Batches, LoaderBatches, TaskBatches
 from .placement.inserter import NONE, NonLocalInserter
+from .placement.models import resnet20, stage_cnn
 from .placement.probe import ActivationProbe
 from .placement.procedure import FixedAgent, Placement, collapse_of
 from .placement.rewards import RewardRule, added_latency
@@ -38,6 +39,7 @@ from .training.recipe import Recipe
 __all__ = ["PlacementConfig", "PlacementResult", "Progress", "load_placed", "place", "resume_place"]
 
 FIXED = "fixed:"
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {"resnet20": resnet20, "stage-cnn": stage_cnn}
 
 
 @dataclass(frozen=True)
@@ -323,9 +325,9 @@ def _network(
 
 
 def _built(name: str, channels: int, classes: int) -> nn.Module:
-    if name not in COMPONENTS["network"] and ":" not in name:
-        raise unknown_name("model", name, COMPONENTS["network"])
-    made = find("network", name)
+    if name not in NETWORKS and ":" not in name:
+        raise unknown_name("model", name, NETWORKS)
+    made: Any = NETWORKS[name] if name in NETWORKS else find("model", name)
     if not isinstance(made, nn.Module):
         try:
             wanted = [p for p in inspect.signature(made).parameters.values() if p.default is p.empty]
