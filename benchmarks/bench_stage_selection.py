@@ -107,7 +107,7 @@ def judge(seed: int) -> Judged:
     """Trains, tabulates, learns and judges; each from its cell where that was done before."""
     torch.set_num_threads(1)
     packed = tables(seed)
-    validation, test = (stage_study.unpacked(each) for each in packed)
+    validation, test = stage_study.unpacked(packed)
 
     def chosen(name: str, *, shuffled: bool = False) -> torch.Tensor:
         def compute() -> np.ndarray:

@@ -65,18 +65,15 @@ def every_regime(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat(parts)
 
 
-def samples(
-    data: DeviceData, x: Tensor, y: Tensor, *, seed: int, passes: int
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Batches of all images in every regime, ``passes`` times, the severities in turn; numbers of regimes."""
+def samples(data: DeviceData, x: Tensor, y: Tensor, *, seed: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Full batches of all images in every regime, the severities in turn; and the number of the regime."""
     generator = torch.Generator().manual_seed(seed)
-    for turn in range(passes):
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-        for number, rows in enumerate(order.split(BATCH)):
-            images = data.normalise(x[rows])
-            for group, (regime, levels) in enumerate(stage_regimes.SEVERITIES.items()):
-                level = levels[(number + turn) % len(levels)]
-                yield stage_regimes.spoil(images, regime, level, generator), y[rows], group
+    order = torch.randperm(len(x), generator=generator)
+    for number, rows in enumerate(order[: len(x) // BATCH * BATCH].split(BATCH)):
+        images = data.normalise(x[rows])
+        for group, (regime, levels) in enumerate(stage_regimes.SEVERITIES.items()):
+            level = levels[number % len(levels)]
+            yield stage_regimes.spoil(images, regime, level, generator), y[rows], group
 
 
 def trained_supernet(task: Task, data: DeviceData, seed: int) -> StageSupernet:
@@ -92,25 +89,29 @@ def trained_supernet(task: Task, data: DeviceData, seed: int) -> StageSupernet:
 
 
 def tables_of(seed: int) -> np.ndarray:
-    """Validation and test table of a seed, packed: float32 [2, n, F + A + 1]."""
+    """Validation and test table of a seed, packed: float32 [n, 1 + F + A + 1], of which 0 is validation."""
     torch.set_num_threads(1)
     task = cifar10_jpeg(train_size=10_000, validation_fraction=2 / 3, seed=seed)
     data = DeviceData.of(task, CPU)
     supernet = trained_supernet(task, data, seed)
-    validation = samples(data, data.x_validation, data.y_validation, seed=1000 + seed, passes=1)
-    test = samples(data, *on_device(task.test_split(), CPU), seed=2000 + seed, passes=1)
+    splits = (data.x_validation, data.y_validation), on_device(task.test_split(), CPU)
     packed = []
-    for batches in (validation, test):
-        table = outcome_table(supernet, batches, LAYERS)
-        packed.append(torch.cat([table.states, table.outcomes, table.groups[:, None].float()], dim=1))
-    return torch.stack(packed).numpy()
+    for number, (x, y) in enumerate(splits):
+        table = outcome_table(supernet, samples(data, x, y, seed=10 * seed + number), LAYERS)
+        which = torch.full((len(table), 1), float(number))
+        packed.append(torch.cat([which, table.states, table.outcomes, table.groups[:, None]], dim=1))
+    return torch.cat(packed).numpy()
 
 
-def unpacked(packed: np.ndarray) -> OutcomeTable:
-    """One table of ``tables_of``."""
+def unpacked(packed: np.ndarray) -> tuple[OutcomeTable, OutcomeTable]:
+    """The validation and the test table of ``tables_of``."""
     values = torch.from_numpy(packed)
     actions = len(STAGES) + 1
-    return OutcomeTable(values[:, : -actions - 1], values[:, -actions - 1 : -1], values[:, -1].long())
+    validation, test = (
+        OutcomeTable(part[:, 1 : -actions - 1], part[:, -actions - 1 : -1], part[:, -1].long())
+        for part in (values[values[:, 0] == number] for number in (0, 1))
+    )
+    return validation, test
 
 
 def choices_of(
