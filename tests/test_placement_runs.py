@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from rlnas_fast.tasks.digits import digits
 from rlnas_fast.training.data import DeviceData
 
 SMALL: dict[str, Any] = {"epochs": 2, "task": {"train_size": 200}, "delay": 2}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """With several threads sums are not always added up in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Own(nn.Module):
@@ -202,7 +212,9 @@ runs.place("stage-cnn", "digits", out=sys.argv[1], progress=Slow(), epochs=2, de
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     settings = SMALL | {"agent": "dqn"}
     whole = rf.place("stage-cnn", "digits", out=tmp_path / "whole", **settings)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run")], env=dict(os.environ))
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "run")], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     log = tmp_path / "run" / "decisions.jsonl"
     for _ in range(600):
         time.sleep(0.05)
