@@ -8,9 +8,10 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .hardware.measure import measure_module as measure
+    from .placement_runs import load_placed, place
     from .runs import load_child, resume_run, run
 
-__all__ = ["__version__", "load_child", "measure", "resume_run", "run"]
+__all__ = ["__version__", "load_child", "load_placed", "measure", "place", "resume_run", "run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from . import runs
 
         return getattr(runs, name)
+    if name in ("place", "load_placed"):
+        from . import placement_runs
+
+        return getattr(placement_runs, name)
     if name == "measure":
         from .hardware.measure import measure_module
 

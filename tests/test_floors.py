@@ -11,6 +11,7 @@ import rlnas_fast
 
 PACKAGE = Path(rlnas_fast.__file__).parent
 EVERYTHING = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+PLACEMENT_RUNS = ("placement_folder", "placement_runs")
 MAY_IMPORT = {
     "errors": set(),
     "_version": set(),
@@ -30,13 +31,15 @@ MAY_IMPORT = {
     "evaluators": {"search", "training"},
     "compression": {"nn", "ops", "rl", "training", "hardware", "search"},
     "placement": {"nn", "rl", "training", "hardware", "search"},
-    "costs": EVERYTHING - {"cli", "comparison", "runs", "environments", "experiments"},
-    "compose": EVERYTHING - {"cli", "comparison", "runs", "environments", "experiments"},
+    "costs": EVERYTHING - {"cli", "comparison", "runs", *PLACEMENT_RUNS, "environments", "experiments"},
+    "compose": EVERYTHING - {"cli", "comparison", "runs", *PLACEMENT_RUNS, "environments", "experiments"},
     "environments": {"compose", "envs", "search"},
-    "comparison": EVERYTHING - {"cli", "runs", "environments", "experiments"},
-    "runs": EVERYTHING - {"cli", "experiments"},
+    "comparison": EVERYTHING - {"cli", "runs", *PLACEMENT_RUNS, "environments", "experiments"},
+    "runs": EVERYTHING - {"cli", *PLACEMENT_RUNS, "experiments"},
+    "placement_folder": {"placement", "search", "storage"},
+    "placement_runs": EVERYTHING - {"cli", "runs", "experiments"},
     "experiments": EVERYTHING - {"cli"},
-    "__init__": {"runs", "hardware", "_version"},
+    "__init__": {"runs", "placement_runs", "hardware", "_version"},
     "cli": EVERYTHING,
 }
 

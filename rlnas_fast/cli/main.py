@@ -17,6 +17,7 @@ from rich.console import Console
 from .. import __version__
 from ..errors import ConfigError, RlnasError
 from .experiment import experiment
+from .place import place
 from .screen import Interrupted, Screen
 
 app = typer.Typer(
@@ -144,6 +145,18 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on where a run was stopped."""
+    from ..placement_folder import CONFIG
+    from ..placement_runs import resume_place
+
+    if (folder / CONFIG).is_file():
+        from .place import show_placement
+
+        if trials or max_seconds or continue_from_log:
+            raise ConfigError(f"{folder} is a placement run: it is resumed without options")
+        with Screen(quiet=as_json) as screen:
+            placed = resume_place(folder, screen)
+        show_placement(placed, as_json)
+        return
     from ..runs import resume as go_on
 
     settings = {"trials": trials, "max_seconds": max_seconds}
@@ -264,6 +277,9 @@ def profile(
     from .profile import profile_space
 
     profile_space(read_config(given), out, as_json)
+
+
+app.command()(place)
 
 
 @app.command()

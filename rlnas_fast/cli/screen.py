@@ -79,6 +79,14 @@ class Screen:
             self.pieces = self.bar.add_task("pieces", total=total, best="")
         self.bar.update(self.pieces, completed=done)
 
+    def trained(self, folder: Path, done: int, total: int, text: str) -> None:
+        self.folder = folder
+        if self.pieces is None:
+            if not self.bar.disable:
+                self.console.print(f"run folder {folder}", highlight=False)
+            self.pieces = self.bar.add_task("training passes", total=total, best=text)
+        self.bar.update(self.pieces, completed=done, best=text)
+
     def _so_far(self) -> str:
         parts = []
         if self.best is not None:

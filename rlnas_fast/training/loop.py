@@ -69,7 +69,7 @@ def train(
     started = time.monotonic()
     shuffle = torch.Generator().manual_seed(seed)
     chance = torch.Generator(device).manual_seed(seed)
-    optimizer = _optimizer(module, recipe)
+    optimizer = make_optimizer(module, recipe)
     count = len(data.x)
     batch_size = min(recipe.batch_size, count)
     augmentations = recipe.augmentations(budget)
@@ -89,7 +89,7 @@ def train(
             if budget.seconds is not None:
                 spent = max(spent, elapsed / budget.seconds)
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * _rate(spent, recipe.warmup)
+                group["lr"] = recipe.learning_rate * rate_factor(spent, recipe.warmup)
             rows = order[step * batch_size : (step + 1) * batch_size]
             x = data.normalise(data.x[rows])
             for name in augmentations:
@@ -141,7 +141,8 @@ def precision(recipe: Recipe, device: torch.device) -> AbstractContextManager[ob
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16")
 
 
-def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Of the trainable parameters of ``module``, as the recipe says."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
@@ -157,7 +158,7 @@ def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
-def _rate(spent: float, warmup: float) -> float:
+def rate_factor(spent: float, warmup: float) -> float:
     """Factor on the learning rate after a fraction ``spent`` of the budget."""
     if spent < warmup:
         return (spent + 1e-3) / (warmup + 1e-3)

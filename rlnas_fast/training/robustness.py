@@ -76,15 +76,26 @@ def robust_accuracy(
         torch.split(data.x_validation, _BATCH), torch.split(data.y_validation, _BATCH), strict=True
     ):
         x = data.normalise(raw)
-        if corruption.kind == "noise":
-            x = x + corruption.strength * torch.randn(x.shape, generator=generator, device=device)
-        elif corruption.kind == "blur":
-            x = _blurred(x, corruption.strength)
-        else:
+        if corruption.kind == "fgsm":
             x = _attacked(logits_of, x, y, corruption.strength)
+        else:
+            x = corrupted(x, corruption, generator)
         with torch.no_grad():
             right += int((logits_of(x).argmax(1) == y).sum())
     return right / len(data.y_validation)
+
+
+def corrupted(x: Tensor, corruption: Corruption, generator: torch.Generator) -> Tensor:
+    """Normalised images x [N, C, H, W] with noise, or blurred.
+
+    Raises:
+        ConfigError: ``corruption`` needs a network to attack.
+    """
+    if corruption.kind == "noise":
+        return x + corruption.strength * torch.randn(x.shape, generator=generator, device=x.device)
+    if corruption.kind == "blur":
+        return _blurred(x, corruption.strength)
+    raise ConfigError(f"{corruption.kind} attacks a network: images alone can have noise or blur")
 
 
 def _attacked(logits_of: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, step: float) -> Tensor:

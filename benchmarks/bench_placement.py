@@ -1,0 +1,157 @@
+"""What a placement costs: a whole network with a block against a textbook's block, and the probe's share.
+
+``python benchmarks/bench_placement.py --check`` prints the tables.  Ratios are peer / ours, interleaved; the
+peers are the same network with the block as papers print it (two products and a softmax around the N x N
+matrix), or with PyTorch's own attention in its place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from harness import Row, interleaved, main, ratio
+from torch import Tensor, nn
+
+from rlnas_fast.placement.inserter import NonLocalInserter
+from rlnas_fast.placement.models import resnet20, stage_cnn
+from rlnas_fast.placement.probe import ActivationProbe, layer_statistics
+from rlnas_fast.placement.stages import find_stages, replace
+
+INPUTS = 3  # rotated, so that no run finds its own input in the nearest cache
+STAGES = ("stage1", "stage2", "stage3")
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {"stage-cnn": stage_cnn, "resnet20": resnet20}
+
+
+class Textbook(nn.Module):
+    """z = BatchNorm(W softmax(theta phi) g) + x with 1 x 1 convolutions, as papers print it."""
+
+    def __init__(self, channels: int, *, fused: bool) -> None:
+        super().__init__()
+        inner = channels // 2
+        self.theta, self.phi, self.g = (nn.Conv2d(channels, inner, 1) for _ in range(3))
+        self.W = nn.Sequential(nn.Conv2d(inner, channels, 1), nn.BatchNorm2d(channels))
+        nn.init.zeros_(self.W[1].weight)
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta, phi, g = (each(x).flatten(2).mT for each in (self.theta, self.phi, self.g))
+        if self.fused:
+            y = F.scaled_dot_product_attention(theta[:, None], phi[:, None], g[:, None], scale=1.0)[:, 0]
+        else:
+            y = (theta @ phi.mT).softmax(dim=-1) @ g
+        return self.W(y.mT.unflatten(2, x.shape[2:])) + x
+
+
+def whole_network(quick: bool) -> list[Row]:
+    torch.set_num_threads(2)
+    rows = []
+    inputs = [torch.randn(32, 3, 32, 32) for _ in range(INPUTS)]
+    y = torch.arange(32) % 10
+    for name, make in NETWORKS.items():
+        for stage in STAGES:
+            torch.manual_seed(0)
+            plain = make(3, 10)
+            ours = copy.deepcopy(plain)
+            NonLocalInserter(ours, inputs[0], [stage]).insert(stage)
+            networks = {"ours": ours, "none": plain}
+            for peer, fused in (("textbook", False), ("sdpa", True)):
+                networks[peer] = copy.deepcopy(plain)
+                (found,) = find_stages(networks[peer], inputs[0], [stage])
+                replace(found, nn.Sequential(found.module, Textbook(found.shape[0], fused=fused)))
+            times = interleaved(
+                {each: _step(network, inputs, y) for each, network in networks.items()},
+                repeats=9 if quick else 31,
+                seconds=8 if quick else 20,
+            )
+            figure, detail = ratio(times, "ours", ["textbook"])
+            rows.append(Row(f"{name}, block at {stage}: textbook / ours", figure, must=1.0, detail=detail))
+            rows.append(Row(f"{name}, block at {stage}: sdpa / ours", ratio(times, "ours", ["sdpa"])[0]))
+    return rows
+
+
+def _step(network: nn.Module, inputs: list[Tensor], y: Tensor) -> Callable[[], object]:
+    turn = 0
+
+    def step() -> None:
+        nonlocal turn
+        turn += 1
+        network.zero_grad(set_to_none=True)
+        F.cross_entropy(network(inputs[turn % INPUTS]), y).backward()
+
+    return step
+
+
+def probe(quick: bool) -> list[Row]:
+    torch.set_num_threads(1)
+    rows = []
+    for name, make, must in (("resnet20", resnet20, 5.0), ("stage-cnn", stage_cnn, None)):
+        torch.manual_seed(0)
+        network = make(3, 10)
+        inputs = [_images(128) for _ in range(INPUTS)]
+        for x in inputs:
+            network(x)  # gives BatchNorm its statistics
+        network.eval()
+        watched = copy.deepcopy(network)
+        watch = ActivationProbe(watched, STAGES)
+        rows.append(_share(name, network, watched, watch, inputs, must, quick))
+        rows.append(_error(name, network, inputs))
+    return rows
+
+
+@torch.no_grad()
+def _share(
+    name: str,
+    network: nn.Module,
+    watched: nn.Module,
+    watch: ActivationProbe,
+    inputs: list[Tensor],
+    must: float | None,
+    quick: bool,
+) -> Row:
+    turn = 0
+
+    def plain() -> None:
+        nonlocal turn
+        turn += 1
+        network(inputs[turn % INPUTS])
+
+    def probed() -> None:
+        watched(inputs[turn % INPUTS])
+        watch.state()
+
+    times = interleaved({"plain": plain, "probed": probed}, repeats=9 if quick else 41)
+    figure, detail = ratio(times, "plain", ["probed"])
+    return Row(
+        f"{name}, batch 128: the probe's share of the forward pass", 100 * (figure - 1), must=must, unit="%",
+        at_most=True, detail=detail,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _error(name: str, network: nn.Module, inputs: list[Tensor]) -> Row:
+    worst, where = 0.0, ""
+    for x in inputs:
+        output = x
+        for stage in STAGES:
+            before = network.stem(output) if stage == "stage1" and hasattr(network, "stem") else output
+            output = network.get_submodule(stage)(before)
+            sampled, everything = layer_statistics(output, values=2**17), layer_statistics(output)
+            for field, one, other in zip(everything._fields, sampled, everything, strict=True):
+                if abs(one / other - 1) > worst:
+                    worst, where = abs(one / other - 1), f"{field} of {stage}"
+    return Row(
+        f"{name}, batch 128: largest error of a statistic", 100 * worst, must=2.0, unit="%", at_most=True,
+        detail=where,
+    )  # fmt: skip
+
+
+def _images(count: int) -> Tensor:
+    """Smooth as photographs are, each with a brightness of its own."""
+    return 3 * F.avg_pool2d(torch.randn(count, 3, 36, 36), 5, 1) + 0.5 * torch.randn(count, 1, 1, 1)
+
+
+if __name__ == "__main__":
+    main(__doc__ or "", {"network": whole_network, "probe": probe})

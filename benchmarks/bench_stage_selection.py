@@ -1,0 +1,290 @@
+"""Does it pay to choose the stage of a non-local block by what flows?  Learned selection against its peers.
+
+    python benchmarks/bench_stage_selection.py --check                   # both parts
+    python benchmarks/bench_stage_selection.py --check --part supernet
+
+``supernet``: five networks of three stages are trained on clean images of cifar10-jpeg, then blocks for them
+on five regimes (stage_regimes.py); agents learn which block suits a batch from a table of validation images
+and are judged on one of test images.  ``online``: the whole training procedure on digits and Fashion-MNIST
+against always the same stage.
+
+Needs ``RLNAS_DATA_DIR``.  Tables, choices and placement runs are kept in ``RLNAS_CELLS_DIR``
+(build/bench_stage_selection where it is not set): a run that was ended goes on where it was.  ``--quick`` has
+one seed, which decides nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import stage_regimes
+import stage_study
+import torch
+from cells import cell
+from harness import Row, main
+
+import rlnas_fast.placement.agents
+import rlnas_fast.placement.inserter
+import rlnas_fast.placement.probe
+import rlnas_fast.placement.procedure
+import rlnas_fast.placement.rewards
+import rlnas_fast.placement.supernet
+from rlnas_fast.placement.models import StageCNN
+from rlnas_fast.placement.supernet import OutcomeTable
+from rlnas_fast.placement_runs import place
+from rlnas_fast.report.curves import interval
+
+SEEDS = range(5)
+AGENTS = ("q-table", "dqn", "reinforce", "ppo")
+CHOSEN = "dqn"  # by validation tables alone; the figures with a bound are this agent's
+LEAST_HEADROOM = 0.3  # points
+ONLINE_AGENT = "q-table"
+ONLINE = {
+    "digits": {"epochs": 12, "task": {"validation_fraction": 0.4}},
+    "fashion-mnist": {"epochs": 12, "task": {"validation_fraction": 2 / 3, "train_size": 1000}},
+}
+TABLES_CODE = [
+    stage_regimes,
+    stage_study.small_cnn,
+    stage_study.every_regime,
+    stage_study.samples,
+    stage_study.trained_supernet,
+    stage_study.tables_of,
+    rlnas_fast.placement.supernet.StageSupernet,
+    rlnas_fast.placement.supernet.train_supernet,
+    rlnas_fast.placement.supernet.outcome_table,
+    rlnas_fast.placement.probe.layer_statistics,
+]
+CHOICES_CODE = [
+    rlnas_fast.placement.agents,
+    rlnas_fast.placement.supernet.learn,
+    stage_study.choices_of,
+    stage_study.made,
+    stage_study.LinUCB,
+]
+ONLINE_CODE = [
+    rlnas_fast.placement.agents,
+    rlnas_fast.placement.inserter,
+    rlnas_fast.placement.probe,
+    rlnas_fast.placement.procedure,
+    rlnas_fast.placement.rewards,
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What came of one seed, in percent of test images that are right, mean over the regimes.
+
+    Attributes:
+        table: of the test images.
+        accuracy: of each way to choose, by its name.
+        choices: the chosen agent's, int64 [n].
+    """
+
+    table: OutcomeTable
+    accuracy: dict[str, float]
+    choices: torch.Tensor
+
+
+def supernet(quick: bool) -> list[Row]:
+    """Rows of the study on CIFAR-10."""
+    seeds = [0] if quick else list(SEEDS)
+    with ProcessPoolExecutor(_jobs(), mp_context=get_context("spawn")) as pool:
+        judged = list(pool.map(judge, seeds))
+    rows = rows_of(judged)
+    return [dataclasses.replace(row, must=None) for row in rows] if quick else rows
+
+
+def judge(seed: int) -> Judged:
+    """Trains, tabulates, learns and judges; each from its cell where that was done before."""
+    torch.set_num_threads(1)
+    packed = tables(seed)
+    validation, test = stage_study.unpacked(packed)
+
+    def chosen(name: str, *, shuffled: bool = False) -> torch.Tensor:
+        def compute() -> np.ndarray:
+            return stage_study.choices_of(name, validation, test, seed, shuffled=shuffled).numpy()
+
+        settings = f"{stage_study.OPTIONS.get(name)} {stage_study.DECISIONS} {stage_study.DELAY}"
+        key = f"choices {name} {'shuffled ' if shuffled else ''}{seed} {settings} {packed.sum():.6f}"
+        return torch.from_numpy(cell(key, CHOICES_CODE, compute))
+
+    def accuracy(actions: torch.Tensor) -> float:
+        return 100 * float(test.of(actions).mean())
+
+    choices = {name: chosen(name) for name in (*AGENTS, "linear")}
+    fixed = test.outcomes.mean(dim=0) * 100
+    found = {name: accuracy(actions) for name, actions in choices.items()}
+    found |= {f"fixed {action}": float(value) for action, value in enumerate(fixed)}
+    found["random"] = float(fixed.mean())  # what a uniform choice gets on average
+    found["best fixed"] = float(fixed.max())
+    found["oracle"] = accuracy(test.best_by_group())
+    found["shuffled"] = accuracy(chosen(CHOSEN, shuffled=True))
+    found["best of each batch"] = 100 * float(test.outcomes.max(dim=1).values.mean())
+    return Judged(test, found, choices[CHOSEN])
+
+
+def tables(seed: int) -> np.ndarray:
+    """What ``stage_study.tables_of`` gives, kept."""
+    settings = f"{stage_study.PRETRAIN} {stage_study.BLOCKS} {stage_study.LAYERS} {stage_study.BATCH}"
+    return cell(f"tables {seed} {settings}", TABLES_CODE, lambda: stage_study.tables_of(seed))
+
+
+def rows_of(judged: list[Judged]) -> list[Row]:
+    def of(name: str) -> np.ndarray:
+        return np.array([each.accuracy[name] for each in judged])
+
+    best, learned = of("best fixed"), of(CHOSEN)
+    headroom = float((of("oracle") - best).mean())
+    gain = float((learned - best).mean())
+    if headroom < LEAST_HEADROOM:
+        print("no headroom: the best stage hardly depends on the regime")
+    per_cent = 100 / headroom if headroom > 0 else float("nan")
+    lost = 100 * (1 - float((of("shuffled") - best).mean()) / gain) if gain > 0 else float("nan")
+    used = min(len(set(each.choices.tolist())) for each in judged)
+    rows = [
+        Row(
+            "oracle by regime - best fixed stage", headroom, LEAST_HEADROOM, unit="points",
+            detail=_each(of("oracle") - best),
+        ),
+        Row(
+            f"{CHOSEN}: share of that it recovers", gain * per_cent, 80, unit="%",
+            detail=_each(learned - best),
+        ),
+        *(_over(f"{CHOSEN} - {peer}", learned - of(peer)) for peer in ("best fixed", "random", "linear")),
+        Row(f"{CHOSEN}: stages it uses, fewest of a seed", used, 2, unit="stages", detail=_uses(judged)),
+        Row(f"{CHOSEN}: gain lost when states are shuffled", lost, 50, unit="%"),
+    ]  # fmt: skip
+    for name in (*AGENTS, "linear"):
+        found = of(name)
+        share = float((found - best).mean()) * per_cent
+        rows.append(
+            Row(
+                f"{name}: accuracy",
+                float(found.mean()),
+                unit="%",
+                detail=f"recovers {share:.0f} %, {_each(found)}",
+            )
+        )
+    for name in ("oracle", "best fixed", "random", "shuffled", "best of each batch", *_fixed(judged)):
+        rows.append(
+            Row(f"{_title(name)}: accuracy", float(of(name).mean()), unit="%", detail=_each(of(name)))
+        )
+    for group, regime in enumerate(stage_regimes.REGIMES):
+        rows.append(regime_row(regime, group, judged))
+    return rows
+
+
+def online(quick: bool) -> list[Row]:
+    """Rows of the training procedure, which chooses while it trains, against always the same stage."""
+    seeds = [0] if quick else list(SEEDS)
+    agents = [ONLINE_AGENT, *(f"fixed:{name}" for name in ("none", *stage_study.STAGES))]
+    runs = [(data, agent, seed) for data in ONLINE for seed in seeds for agent in agents]
+    with ProcessPoolExecutor(_jobs(), mp_context=get_context("spawn")) as pool:
+        figures = dict(zip(runs, pool.map(placed, runs), strict=True))
+    rows = []
+    for data in ONLINE:
+        found = {agent: np.array([figures[data, agent, seed] for seed in seeds]) for agent in agents}
+        rows += online_rows(data, found)
+    return [dataclasses.replace(row, must=None) for row in rows] if quick else rows
+
+
+def placed(run: tuple[str, str, int]) -> np.ndarray:
+    """Final validation accuracy in percent, and whether the policy collapsed, of one placement run."""
+    data, agent, seed = run
+    torch.set_num_threads(1)
+    name = f"online {data} {agent} {seed}"
+
+    def compute() -> np.ndarray:
+        torch.manual_seed(seed)
+        settings = ONLINE[data]
+        folder = Path(os.environ["RLNAS_CELLS_DIR"]) / "runs" / name.replace(":", " ")
+        result = place(
+            StageCNN(1, 10, width=8), data, agent=agent, out=folder, seed=seed,
+            stages=stage_study.STAGES, device="cpu", **settings,
+        )  # fmt: skip
+        return np.array([100 * result.accuracy, float(result.collapsed)])
+
+    return cell(f"{name} {ONLINE[data]}", [*ONLINE_CODE, placed], compute)
+
+
+def online_rows(data: str, found: dict[str, np.ndarray]) -> list[Row]:
+    """``found``: by agent, float [seeds, 2]."""
+    learned, collapsed = found[ONLINE_AGENT].T
+    stages = {name: found[f"fixed:{name}"][:, 0] for name in stage_study.STAGES}
+    best = max(stages, key=lambda name: float(stages[name].mean()))
+    none = found["fixed:none"][:, 0]
+    means = ", ".join(f"{agent} {each[:, 0].mean():.2f}" for agent, each in found.items())
+    return [
+        Row(
+            f"{data}: {ONLINE_AGENT} - best fixed ({best})", float((learned - stages[best]).mean()), -0.5,
+            unit="points", detail=f"{_each(learned - stages[best])}; {means}",
+        ),
+        Row(
+            f"{data}: {ONLINE_AGENT} - no block", float((learned - none).mean()), -0.2,
+            unit="points", detail=_each(learned - none),
+        ),
+        Row(f"{data}: seeds whose policy collapsed to one stage", float(collapsed.sum()), unit="seeds"),
+    ]  # fmt: skip
+
+
+def regime_row(regime: str, group: int, judged: list[Judged]) -> Row:
+    """What each stage gives in a regime, and what was chosen there."""
+    outcomes = torch.stack([each.table.outcomes[each.table.groups == group].mean(dim=0) for each in judged])
+    chosen = torch.cat([each.choices[each.table.groups == group] for each in judged])
+    share = chosen.bincount(minlength=outcomes.shape[1]) / len(chosen)
+    names = ("none", *stage_study.STAGES)
+    detail = ", ".join(
+        f"{name} {100 * value:.2f} (chosen {100 * part:.0f} %)"
+        for name, value, part in zip(names, outcomes.mean(dim=0).tolist(), share.tolist(), strict=True)
+    )
+    oracle = outcomes.max(dim=1).values.mean()
+    return Row(f"{regime}: best stage, mean of the seeds", 100 * float(oracle), unit="%", detail=detail)
+
+
+def _over(name: str, difference: np.ndarray) -> Row:
+    """A difference that has to be above 0, paired by seed."""
+    mean, half = interval(difference) if len(difference) > 1 else (float(difference[0]), float("nan"))
+    detail = f"95 % interval {mean - half:+.2f} to {mean + half:+.2f}; {_each(difference)}"
+    return Row(name, mean, 1e-9, unit="points", detail=detail)
+
+
+def _each(values: np.ndarray) -> str:
+    return "seeds " + " ".join(f"{value:.2f}" for value in values)
+
+
+def _uses(judged: list[Judged]) -> str:
+    names = ("none", *stage_study.STAGES)
+    counts = Counter(names[action] for each in judged for action in each.choices.tolist())
+    return ", ".join(f"{name} {counts[name]}" for name in names)
+
+
+def _fixed(judged: list[Judged]) -> list[str]:
+    return [name for name in judged[0].accuracy if name.startswith("fixed ")]
+
+
+def _title(name: str) -> str:
+    kind, _, action = name.partition(" ")
+    return f"always {('none', *stage_study.STAGES)[int(action)]}" if kind == "fixed" else name
+
+
+def _jobs() -> int:
+    return int(os.environ.get("STUDY_PROCESSES") or min(2, os.cpu_count() or 1))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault(
+        "RLNAS_CELLS_DIR", str(Path(__file__).parent.parent / "build/bench_stage_selection")
+    )
+    if "RLNAS_DATA_DIR" not in os.environ:
+        sys.exit("set RLNAS_DATA_DIR to the folder that holds cifar10_jpeg_train.npz")
+    parts: dict[str, Callable[[bool], list[Row]]] = {"supernet": supernet, "online": online}
+    main(__doc__, parts, processes=1)

@@ -1,0 +1,1 @@
+"""Learning where in a network a non-local block does the most good."""

@@ -1,0 +1,321 @@
+"""What flows through chosen layers, in five numbers each: the state of an agent that chooses a stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import ConfigError, DataError, ShapeError, unknown_name
+from .inserter import StageWithBlock
+from .stages import observing, plain_network, run_network
+
+__all__ = ["ActivationProbe", "LayerStatistics", "layer_statistics"]
+
+BINS = 64
+REACH = 4.0  # deviations on either side of the mean that the histogram covers
+VALUES = 2**17
+ENTROPY_VALUES = 2**14  # are enough for an entropy
+
+
+class LayerStatistics(NamedTuple):
+    """Of one layer's activations.
+
+    Attributes:
+        mean: of all values.
+        variance: of all values, biased.
+        entropy: in nats, of the standardised values: how many of the ``BINS`` bins they spread over.
+        sparsity: fraction of values that are exactly 0.
+        correlation: root mean square Pearson correlation of two channels.
+    """
+
+    mean: float
+    variance: float
+    entropy: float
+    sparsity: float
+    correlation: float
+
+
+class ActivationProbe:
+    """Watches layers through forward hooks and keeps statistics of their latest activations, detached.
+
+    A hook looks at every n-th position of every channel, so that about ``values`` values are seen; equal
+    activations give equal statistics.  What is kept of a pass are the sums that five numbers a layer need.
+    A layer with a block inserted is watched before the block.
+
+    Args:
+        network: any module; a compiled one counts as the module it was made from.  Attach the probe before
+            the network is compiled for the first time, since PyTorch does not look for new hooks after it.
+        layers: names of modules whose output is [B, C, ...] or [B, C].
+        values: about how many to look at in each layer; None looks at all.
+        watch: look at every pass; else only ``observe`` looks, and other passes cost nothing.
+    Raises:
+        ConfigError: a name that does not exist, or ``values`` below 1.
+    """
+
+    def __init__(
+        self, network: nn.Module, layers: Sequence[str], *, values: int | None = VALUES, watch: bool = True
+    ) -> None:
+        self._network = plain_network(network)
+        self.layers = tuple(layers)
+        if not self.layers:
+            raise ConfigError("layers is empty: name at least one module to watch")
+        if values is not None and values < 1:
+            raise ConfigError(f"values = {values}: look at one or more, or at all with None")
+        known = dict(self._network.named_modules())
+        for name in self.layers:
+            if name not in known:
+                raise unknown_name("layer", name, known)
+        self._values = values
+        self._seen: dict[str, _Sums] = {}
+        self._stop_when_seen = False
+        # A layer that stands behind a block's wrapper is reached by the name of the wrapper.
+        modules = {name: _behind(known[name]) for name in self.layers}
+        self._modules, self._watch = modules, watch
+        self._handles: list[RemovableHandle] = []
+        if watch:
+            self._attach()
+
+    @property
+    def features(self) -> int:
+        """F, the length of ``state``."""
+        return len(LayerStatistics._fields) * len(self.layers)
+
+    @property
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """Of the latest pass, by layer; a layer that has not run yet is left out."""
+        return {name: self._seen[name].statistics() for name in self.layers if name in self._seen}
+
+    def state(self) -> Tensor:
+        """Float32 [F] on the CPU: the statistics of the latest pass, layer by layer; log(1 + v) of variances.
+
+        Raises:
+            DataError: a layer has not run yet, or its activations are NaN or infinite; names it.
+        """
+        missing = [name for name in self.layers if name not in self._seen]
+        if missing:
+            raise DataError(f"layer {missing[0]!r} has not run since the probe was attached")
+        table = torch.tensor(list(self.statistics.values()), dtype=torch.float32)
+        for name, row in zip(self.layers, table, strict=True):
+            if not torch.isfinite(row).all():
+                raise DataError(
+                    f"layer {name!r} has NaN or infinite activations: "
+                    "the batch has them, or training diverged"
+                )
+        table[:, 1].log1p_()
+        return table.flatten()
+
+    def observe(self, batch: Tensor) -> Tensor:
+        """``state`` of ``batch``: runs the network in evaluation mode, no further than the last layer.
+
+        Raises:
+            ShapeError: the network does not take the batch.
+            DataError: as ``state``.
+        """
+        self._seen.clear()
+        self._stop_when_seen = True
+        if not self._watch:
+            self._attach()
+        try:
+            with observing(self._network):
+                run_network(self._network, batch)
+        except _SeenAllError:
+            pass
+        finally:
+            self._stop_when_seen = False
+            if not self._watch:
+                self.close()
+        return self.state()
+
+    def close(self) -> None:
+        """Takes the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _attach(self) -> None:
+        self._handles = [
+            module.register_forward_hook(_Watch(self, name)) for name, module in self._modules.items()
+        ]
+
+    def __enter__(self) -> ActivationProbe:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _look(self, name: str, output: Any) -> None:
+        if not isinstance(output, Tensor) or output.dim() < 2 or not output.is_floating_point():
+            what = (
+                f"{output.dtype} {list(output.shape)}"
+                if isinstance(output, Tensor)
+                else type(output).__name__
+            )
+            raise ShapeError(
+                f"layer {name!r} answers with {what}; a probe needs floating-point [batch, channels, ...]"
+            )
+        self._seen[name] = _summed(output, self._values)
+        if self._stop_when_seen and len(self._seen) == len(self.layers):
+            raise _SeenAllError
+
+
+def _behind(module: nn.Module) -> nn.Module:
+    return module.stage if isinstance(module, StageWithBlock) else module
+
+
+class _SeenAllError(Exception):
+    """Ends a pass once every layer was seen."""
+
+
+class _Watch:
+    """A hook; in a deep copy of the network it still tells the same probe."""
+
+    def __init__(self, probe: ActivationProbe, name: str) -> None:
+        self._probe, self._name = probe, name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
+        return self
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self._probe._look(self._name, output)
+
+
+def layer_statistics(activations: Tensor, *, values: int | None = None) -> LayerStatistics:
+    """What an ``ActivationProbe`` says of a layer.
+
+    The entropy is that of a histogram of ``BINS`` equal bins from ``REACH`` deviations below the mean to as
+    many above (what lies beyond counts in the outer bins) and of one for values that are exactly 0, plus
+    (bins in use - 1) / (2 values) for the bias of few values (Miller 1955); the same for scaled values.
+    The mean square of a correlation is the mean product of the correlations in the first and in the second
+    half of what was looked at: a square of either would count its noise as correlation.
+
+    Args:
+        activations: [B, C, *space], any floating dtype.
+        values: look at about so many; None looks at all.
+    """
+    return _summed(activations, values).statistics()
+
+
+class _Sums(NamedTuple):
+    """What is left of a layer's activations after a pass; on their device, so that nobody waits for it."""
+
+    means: Tensor  # [C]
+    halves: Tensor  # [2, C, C] covariances about the common means
+    nonzero: Tensor  # count
+    counts: Tensor  # [BINS] of the histogram
+    zeros: Tensor  # how many of those are exactly 0
+    zero_bin: Tensor  # and in which bin
+    values: int
+
+    def statistics(self) -> LayerStatistics:
+        means, halves, counts = (t.cpu().double().numpy() for t in (self.means, self.halves, self.counts))
+        variances = np.einsum("hcc->c", halves) / 2
+        variance = variances.mean() + means.var()
+        if not np.isfinite(variance):
+            return LayerStatistics(*[math.nan] * 5)
+        counts[int(self.zero_bin)] -= int(self.zeros)
+        counts = np.append(counts, int(self.zeros))
+        share = counts[counts > 0] / counts.sum()
+        entropy = -(share * np.log(share)).sum() + (len(share) - 1) / (2 * counts.sum())
+        channels = len(means)
+        square = 0.0
+        if channels > 1:
+            scale = np.divide(1, variances, out=np.zeros_like(variances), where=variances > 1e-12)
+            products = halves[0] * halves[1]
+            square = scale @ products @ scale - (np.diagonal(products) * scale**2).sum()
+            square /= channels * (channels - 1)
+        sparsity = 1 - int(self.nonzero) / self.values
+        correlation = math.sqrt(max(square, 0.0))
+        return LayerStatistics(float(means.mean()), float(variance), float(entropy), sparsity, correlation)
+
+
+@torch.no_grad()
+def _summed(activations: Tensor, values: int | None) -> _Sums:
+    rows = _sampled(activations, values)
+    channels, positions = rows.shape
+    means = rows.mean(dim=1)
+    centred = rows - means[:, None]
+    half = positions // 2
+    if half:
+        halves = torch.stack(
+            [part @ part.mT / part.shape[1] for part in (centred[:, :half], centred[:, half:])]
+        )
+    else:
+        halves = centred.new_zeros(2, channels, channels)
+    thin = 1 if values is None else _coprime(max(1, rows.numel() // ENTROPY_VALUES), positions)
+    some = rows[:, ::thin]
+    mean = means.mean()
+    variance = halves.diagonal(dim1=1, dim2=2).mean() + (means - mean).square_().mean()
+    scale = (BINS / (2 * REACH)) / variance.sqrt_().clamp_min_(1e-12)
+    origin = BINS / 2 - mean * scale
+    bins = torch.addcmul(origin, some, scale).clamp_(0, BINS - 1)
+    if bins.is_cuda:  # where bincount would wait for the device
+        counts = torch.histc(bins, BINS, 0, BINS)
+    else:
+        counts = torch.bincount(bins.nan_to_num_().to(torch.int64).flatten(), minlength=BINS)
+    zeros = some.numel() - _nonzero(some)
+    zero_bin = origin.clamp_(0, BINS - 1)
+    return _Sums(means, halves, _nonzero(rows), counts, zeros, zero_bin, rows.numel())
+
+
+def _nonzero(rows: Tensor) -> Tensor:
+    """How many.  ``count_nonzero`` takes six times as long on a CPU: it branches at every value."""
+    return rows.sign().abs_().sum(dim=1).double().sum()
+
+
+def _step(about: int, space: tuple[int, ...]) -> int:
+    """Every how many positions to look, so that those looked at in a sample are far from each other.
+
+    The step shares no divisor with the number of positions, so that over the samples all are met alike.
+    """
+    positions = math.prod(space)
+    first = _coprime(max(1, about), positions)
+    candidates = [s for s in range(first, first + max(1, about // 3)) if math.gcd(s, positions) == 1]
+
+    def least_square_distance(step: int) -> int:
+        walk = (np.arange(1, 1 + min(16, positions)) * step) % positions
+        apart = [
+            np.minimum(at, size - at) for at, size in zip(np.unravel_index(walk, space), space, strict=True)
+        ]
+        return int(np.square(apart).sum(axis=0).min())
+
+    return max(candidates, key=least_square_distance) if space else first
+
+
+def _coprime(least: int, number: int) -> int:
+    while math.gcd(least, number) > 1:
+        least += 1
+    return least
+
+
+def _sampled(activations: Tensor, values: int | None) -> Tensor:
+    """Float32 [C, n]: every channel at every n-th position, one sample after another."""
+    x = activations.detach()
+    if values is None or x.numel() < 2 * values:
+        return x.flatten(2).transpose(0, 1).flatten(1).float() if x.dim() > 2 else x.mT.float()
+    places = _places(tuple(x.shape), x.stride(), values, x.device)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((extent,), (1,)).index_select(0, places.flatten()).reshape(places.shape).float()
+
+
+@lru_cache(maxsize=64)
+def _places(shape: tuple[int, ...], strides: tuple[int, ...], values: int, device: torch.device) -> Tensor:
+    """Int64 [C, n]: where in memory the values are."""
+    batch, channels, *space = shape
+    positions = math.prod(space)
+    step = _step(math.prod(shape) // values, tuple(space))
+    walk = torch.arange(0, batch * positions, step)
+    place, rest = (walk // positions) * strides[0], walk % positions
+    for size, stride in zip(reversed(space), reversed(strides[2:]), strict=True):
+        place, rest = place + (rest % size) * stride, rest // size
+    return (torch.arange(channels)[:, None] * strides[1] + place).to(device)
