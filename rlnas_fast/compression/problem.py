@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
@@ -101,6 +101,7 @@ class Problem:
         groups: what is kept or pruned as one.
         memory: where evaluations are remembered; those it holds are not made again.
         seed: of the order of images in fine-tuning.
+        on_evaluation: called with every new evaluation.
 
     Attributes:
         layers: those that can be compressed, of the copy.
@@ -121,6 +122,7 @@ class Problem:
         groups: Groups | None = None,
         memory: Memory | None = None,
         seed: int = 0,
+        on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
     ) -> None:
         prunable(model)
         self.device = torch.device(device)
@@ -133,6 +135,7 @@ class Problem:
         self.data = DeviceData.of(task, self.device)
         self.evaluations = 0
         self._memory = memory
+        self._on_evaluation = on_evaluation
         self._known: dict[str, Evaluation] = {}
         self._identity: str | None = None
         _check_answer(self.model, self.data, task)
@@ -156,16 +159,18 @@ class Problem:
         if key in self._known:
             return self._known[key]
         self.evaluations += 1
-        size = {"density": masking.density(masks), "bits": masking.bits(masks)}
         found = self._memory.get(key) if self._memory is not None else None
-        if found is not None and found.accuracy is not None and found.loss is not None:
-            self._known[key] = Evaluation(found.accuracy, found.loss, **size, remembered=True)  # type: ignore[arg-type]
-            return self._known[key]
-        accuracy, loss = self._evaluate(masks, fine_tune_steps)
-        if self._memory is not None:
-            self._memory.put(key, Measurement(accuracy=accuracy, loss=loss))
-        self._known[key] = Evaluation(accuracy, loss, **size)  # type: ignore[arg-type]
-        return self._known[key]
+        remembered = found is not None and found.accuracy is not None and found.loss is not None
+        if found is None or found.accuracy is None or found.loss is None:
+            accuracy, loss = self._evaluate(masks, fine_tune_steps)
+            if self._memory is not None:
+                self._memory.put(key, Measurement(accuracy=accuracy, loss=loss))
+        else:
+            accuracy, loss = found.accuracy, found.loss
+        evaluation = Evaluation(accuracy, loss, masking.density(masks), masking.bits(masks), remembered)
+        self._known[key] = evaluation
+        self._on_evaluation(evaluation)
+        return evaluation
 
     def fine_tune(self, masks: Mapping[str, Tensor], epochs: int, seed: int | None = None) -> nn.Module:
         """A copy of the network, trained under ``masks`` (``fine_tune``)."""
