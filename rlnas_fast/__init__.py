@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .compression_runs import compress, load_compressed
     from .hardware.measure import measure_module as measure
     from .runs import load_child, resume_run, run
 
-__all__ = ["__version__", "load_child", "measure", "resume_run", "run"]
+__all__ = ["__version__", "compress", "load_child", "load_compressed", "measure", "resume_run", "run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from . import runs
 
         return getattr(runs, name)
+    if name in ("compress", "load_compressed"):
+        from . import compression_runs
+
+        return getattr(compression_runs, name)
     if name == "measure":
         from .hardware.measure import measure_module
 

@@ -35,8 +35,9 @@ MAY_IMPORT = {
     "environments": {"compose", "envs", "search"},
     "comparison": EVERYTHING - {"cli", "runs", "environments", "experiments"},
     "runs": EVERYTHING - {"cli", "experiments"},
+    "compression_runs": EVERYTHING - {"cli", "experiments"},
     "experiments": EVERYTHING - {"cli"},
-    "__init__": {"runs", "hardware", "_version"},
+    "__init__": {"runs", "compression_runs", "hardware", "_version"},
     "cli": EVERYTHING,
 }
 
