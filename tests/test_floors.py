@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "comparison": EVERYTHING - {"cli", "runs", "environments", "experiments"},
     "runs": EVERYTHING - {"cli", "experiments"},
     "compression_runs": EVERYTHING - {"cli", "experiments"},
+    "compression_sources": EVERYTHING - {"cli", "experiments", "compression_runs"},
     "experiments": EVERYTHING - {"cli"},
     "__init__": {"runs", "compression_runs", "hardware", "_version"},
     "cli": EVERYTHING,

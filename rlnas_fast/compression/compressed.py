@@ -22,7 +22,7 @@ from ..training.loop import TrainResult, train
 from ..training.recipe import Recipe
 from .layers import Layout, prunable
 
-__all__ = ["Compressed", "read_description"]
+__all__ = ["Compressed", "read_description", "save_tensors", "write_whole"]
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "compressed.safetensors", "compressed.json"
@@ -109,8 +109,6 @@ class Compressed(nn.Module):
             folder: is there already.
             description: plain data for the JSON file, beside ``format`` and ``layers``.
         """
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         layers = {}
         for name, layer in self.layers().items():
@@ -121,18 +119,9 @@ class Compressed(nn.Module):
         for key, value in self.network.state_dict().items():
             if not key.startswith(masked):
                 tensors[key] = value
-        # Copies, because safetensors takes no two tensors that share memory.
-        plain = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-        partial = folder / f"{WEIGHTS}.partial"
-        save_file(plain, partial)
-        partial.replace(folder / WEIGHTS)
+        save_tensors(tensors, folder / WEIGHTS)
         text = json.dumps({**description, "format": FORMAT, "layers": layers}, indent=2)
-        partial = folder / f"{DESCRIPTION}.partial"
-        with partial.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(folder / DESCRIPTION)
+        write_whole(folder / DESCRIPTION, text)
 
     @classmethod
     def load(cls, folder: Path, model: nn.Module) -> Compressed:
@@ -180,6 +169,26 @@ class Compressed(nn.Module):
             raise DataError(f"{file} is of another network: {wrong[0]!r} does not fit")
         network.load_state_dict(tensors, strict=False)
         return cls(network).eval()
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, all of it or none of it; tensors that share memory are written apart."""
+    from safetensors.torch import save_file
+
+    partial = file.with_name(f"{file.name}.partial")
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, partial, metadata=metadata)
+    partial.replace(file)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a text file, all of it or none of it."""
+    partial = file.with_name(f"{file.name}.partial")
+    with partial.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -251,7 +260,10 @@ def _packed(layer: MaskedLinear | MaskedConv2d) -> dict[str, Tensor]:
 
 
 def _unpacked(
-    module: nn.Linear | nn.Conv2d, options: Mapping[str, Any], stored: Mapping[str, Tensor], bias: Tensor | None
+    module: nn.Linear | nn.Conv2d,
+    options: Mapping[str, Any],
+    stored: Mapping[str, Tensor],
+    bias: Tensor | None,
 ) -> MaskedLinear | MaskedConv2d:
     """The layer that ``_packed`` came from; raises what says that it does not fit."""
     tile = options["tile"]

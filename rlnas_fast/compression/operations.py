@@ -75,6 +75,12 @@ class Groups:
             found = rows * -(-shape[1] // self.m) + columns // self.m
         return found.reshape(weight.shape)
 
+    def in_a_row(self, weight: Tensor) -> int:
+        """How many groups lie side by side; of rows, all that lie below one another."""
+        rows, columns = len(weight), weight[0].numel()
+        width = {"weights": 1, "tiles": self.layout.tile[1], "n:m": self.m}
+        return rows if self.kind == "rows" else -(-columns // width[self.kind])
+
     def pooled(self, name: str, score: Tensor) -> Tensor:
         """The mean score of each weight's group, of the weights in it that may stay: float64."""
         if self.kind == "weights":
@@ -121,9 +127,9 @@ def operate(
     ``keep`` and ``prune`` set the state of the group's weights; a pruned weight's value is not lost, so that
     a later ``keep`` brings it back.  ``quantise`` keeps the group in int8; weights of a tile share one scale,
     so all that is kept in the tiles it touches becomes int8, and float32 again when one of their groups is
-    told to keep and none to quantise.  ``shuffle`` is the document's: the group and its next neighbour (or
-    the one before, where the next has another size) swap places, values with states; swaps are made first,
-    in the order of the groups, and a group is moved once.
+    told to keep and none to quantise.  ``shuffle`` is the document's: the group and the next one to its right
+    (of rows: below; or the one before, where there is no next of its size) swap places, values with states;
+    swaps are made first, in the order of the groups, and a group is moved once.
 
     Args:
         name: of the layer.
@@ -140,7 +146,7 @@ def operate(
     decided = torch.full((int(number.max()) + 1,), -1, dtype=torch.int64, device=weight.device)
     decided[chosen] = operations
     decision = decided[number]
-    moved = _swapped(number, chosen[operations == shuffle])
+    moved = _swapped(number, chosen[operations == shuffle], groups.in_a_row(weight))
     values, states = weight.flatten()[moved], state.flatten()[moved]
     float_before = states != INT8
     states[decision == prune] = PRUNE
@@ -201,7 +207,7 @@ def _held(name: str, matrix: Tensor, layout: Layout, share: float) -> float:
     return float(sums[order][fits].sum() / sizes[order][fits].sum())
 
 
-def _swapped(number: Tensor, groups: Tensor) -> Tensor:
+def _swapped(number: Tensor, groups: Tensor, in_a_row: int) -> Tensor:
     """Positions from which every weight is taken when the given groups swap with a neighbour."""
     moved = torch.arange(len(number), device=number.device)
     if not len(groups):
@@ -212,7 +218,8 @@ def _swapped(number: Tensor, groups: Tensor) -> Tensor:
     done: set[int] = set()
     for group in sorted(groups.tolist()):
         for other in (group + 1, group - 1):
-            if 0 <= other < len(sizes) and sizes[other] == sizes[group] and not done & {group, other}:
+            beside = 0 <= other < len(sizes) and other // in_a_row == group // in_a_row
+            if beside and sizes[other] == sizes[group] and not done & {group, other}:
                 here, there = (
                     members[int(ends[which] - sizes[which]) : int(ends[which])] for which in (group, other)
                 )

@@ -20,11 +20,11 @@ from ..training.data import DeviceData, Task, on_device
 from ..training.loop import evaluate, train
 from ..training.recipe import Recipe
 from . import layers as masking
-from .heuristics import project
+from .heuristics import project, scores
 from .layers import Masks, prunable
 from .operations import Groups
 
-__all__ = ["FINE_TUNING", "Evaluation", "Memory", "Prices", "Problem", "fine_tune"]
+__all__ = ["FINE_TUNING", "Evaluation", "Memory", "Prices", "Problem", "fine_tune", "fingerprint"]
 
 # A tenth of the rate that a network is trained with.
 FINE_TUNING = Recipe(learning_rate=0.0005, batch_size=64, label_smoothing=0.0, augment=())
@@ -141,12 +141,23 @@ class Problem:
         _check_answer(self.model, self.data, task)
 
     def project(
-        self, scores: Mapping[str, Tensor], density: float, *, int8: Mapping[str, Tensor] | None = None
+        self, scored: Mapping[str, Tensor], density: float, *, int8: Mapping[str, Tensor] | None = None
     ) -> Masks:
         """``heuristics.project`` with this problem's groups."""
         return project(
-            scores, density, groups=None if self.groups.kind == "weights" else self.groups, int8=int8
+            scored, density, groups=None if self.groups.kind == "weights" else self.groups, int8=int8
         )
+
+    def by_rule(self, method: str, density: float, *, int8: bool = False) -> Masks:
+        """The masks of a published rule; with ``int8`` everything that stays is int8."""
+        found = scores(method, self.layers, density=density)
+        everything = {name: torch.ones_like(score, dtype=torch.bool) for name, score in found.items()}
+        return self.project(found, density, int8=everything if int8 else None)
+
+    def images(self, batch: int) -> Tensor:
+        """A normalised batch of validation images, for timing; repeated where there are too few."""
+        images = self.data.x_validation
+        return self.data.normalise(images[torch.arange(batch, device=self.device) % len(images)])
 
     def evaluate(self, masks: Mapping[str, Tensor], fine_tune_steps: int = 0) -> Evaluation:
         """Accuracy and loss on the validation split under ``masks``, which must name every layer.
@@ -199,15 +210,8 @@ class Problem:
 
     def _key(self, masks: Mapping[str, Tensor], steps: int) -> str:
         if self._identity is None:
-            weights = hashlib.sha256()
-            for name, tensor in self.model.state_dict().items():
-                weights.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                weights.update(
-                    tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                )
             parts = {
-                "weights": weights.hexdigest(),
-                "model": str(self.model),
+                "network": fingerprint(self.model),
                 "data": self.task.data_hash,
                 "recipe": asdict(self.recipe),
                 "device": f"{self.device.type} {platform.machine()}",
@@ -227,6 +231,15 @@ class Problem:
             for name, pair in self.groups.layout.orders.items()
         }
         return json.dumps([self.groups.layout.tile, orders], sort_keys=True)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """One name for equal networks with equal weights, and only for them."""
+    total = hashlib.sha256(str(module).encode())
+    for name, tensor in module.state_dict().items():
+        total.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def fine_tune(

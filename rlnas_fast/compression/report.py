@@ -3,16 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
-from .layers import INT8, PRUNE, Prunable
+from .compressed import Compressed
+from .latency import Timing
+from .layers import INT8, KEEP_BITS, PRUNE, Masks, Prunable, bits, density
+from .problem import Problem
 
-__all__ = ["allocation", "allocation_table", "result_table", "save_allocation_picture"]
+__all__ = ["allocation", "allocation_table", "result_table", "save_allocation_picture", "summarise"]
+
+
+def summarise(
+    problem: Problem, masks: Masks, compressed: Compressed, timing: Timing, file_bytes: int
+) -> dict[str, Any]:
+    """What a network was and what it has become, as plain data; reads the test split, once.
+
+    Args:
+        problem: of the network as it was.
+        masks: what was kept.
+        compressed: the network as it is now.
+        timing: of "before" and "after", side by side.
+        file_bytes: of the saved compressed network.
+    """
+    rows = allocation(problem.layers, masks)
+
+    def side(network: nn.Module, name: str) -> dict[str, Any]:
+        return {
+            "validation_accuracy": problem.accuracy(network)[0],
+            "test_accuracy": problem.test_accuracy(network),
+            "latency_s": timing.latency_s[name],
+        }
+
+    total = problem.layers.total
+    return {
+        "task": problem.task.name,
+        "density": density(masks),
+        "before": {
+            **side(problem.model, "before"),
+            "weights": total,
+            "bits": KEEP_BITS * total,
+            "file_bytes": _file_bytes(problem.model),
+        },
+        "after": {
+            **side(compressed, "after"),
+            "weights": sum(row["kept"] for row in rows),
+            "bits": bits(masks),
+            "file_bytes": file_bytes,
+        },
+        "speedup": timing.speedup["after"],
+        "latency_batch": timing.batch,
+        "caveats": list(timing.caveats),
+        "layers": rows,
+        "skipped": [asdict(entry) for entry in problem.layers.skipped],
+        "evaluations": problem.evaluations,
+    }
 
 
 def allocation(layers: Prunable, masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -98,3 +148,10 @@ def save_allocation_picture(summary: Mapping[str, Any], file: Path) -> None:
     partial = file.with_name(file.name + ".partial")
     figure.savefig(partial, format="png")
     partial.replace(file)
+
+
+def _file_bytes(module: nn.Module) -> int:
+    """What a network takes that is saved dense."""
+    from safetensors.torch import save
+
+    return len(save({k: v.detach().cpu().clone().contiguous() for k, v in module.state_dict().items()}))
