@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -25,15 +26,11 @@ if TYPE_CHECKING:
 
     from .compression.compressed import Compressed
     from .compression.layers import Masks
-    from .compression.problem import Evaluation, Problem
+    from .compression.problem import Problem
     from .tasks.task import Task
 
-SETTINGS, BASE, EVALUATIONS, SUMMARY = (
-    "compression.json",
-    "base.safetensors",
-    "evaluations.sqlite",
-    "summary.json",
-)
+SETTINGS, SUMMARY = "compression.json", "summary.json"
+BASE, EVALUATIONS, GAINS = "base.safetensors", "evaluations.sqlite", "gains"
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -62,13 +59,13 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     density: float = 0.1
-    method: str = "lamp"
+    method: str = "ppo"
     procedure: Literal["search", "layerwise"] = "search"
     groups: str = "weights"
     int8: bool = False
     gather: bool = False
     evaluations: Annotated[int, Field(ge=1)] = 60
-    fine_tune_steps: Annotated[int, Field(ge=0)] = 0
+    fine_tune_steps: Annotated[int, Field(ge=0)] = 20
     epochs: Annotated[int, Field(ge=0)] = 1
     base_epochs: Annotated[int, Field(ge=1)] = 10
     layer_steps: Annotated[int, Field(ge=1)] = 8
@@ -244,10 +241,8 @@ def _check(settings: Settings, source: Source, task: Task) -> None:
 
 def _searches() -> tuple[str, ...]:
     """The methods that search."""
-    try:
-        from .compression.search import SEARCHES
-    except ImportError:
-        return ()
+    from .compression.search import SEARCHES
+
     return tuple(SEARCHES)
 
 
@@ -367,19 +362,9 @@ def _compress(
 
     started = time.monotonic()
 
-    def evaluated(evaluation: Evaluation) -> None:
-        done = problem.evaluations
-        progress.stage("evaluations", done, max(done, settings.evaluations))
-
     def problem_of(groups: Groups) -> Problem:
         return Problem(
-            base,
-            task,
-            device=device,
-            groups=groups,
-            memory=cache,
-            seed=settings.seed,
-            on_evaluation=evaluated,
+            base, task, device=device, groups=groups, memory=cache, seed=settings.seed, gains=folder / GAINS
         )
 
     problem = problem_of(Groups.of(settings.groups))
@@ -432,6 +417,7 @@ def _compress(
     summary["caveats"] = [*caveats, *summary["caveats"]]
     save_allocation_picture(summary, folder / "allocation.png")
     write_whole(folder / SUMMARY, json.dumps(summary, indent=2))
+    shutil.rmtree(folder / GAINS, ignore_errors=True)
     return CompressionResult(compressed, masks, summary, folder)
 
 
@@ -472,5 +458,7 @@ def _allocate(
         seed=settings.seed,
         int8=settings.int8,
         reward=Prices(**own),
+        fine_tune_steps=settings.fine_tune_steps,
+        log=lambda row: progress.stage("evaluations", row["evaluation"] + 1, settings.evaluations),
     )
     return found.states if settings.int8 else found.masks, problem.model, list(found.history)

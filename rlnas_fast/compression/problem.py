@@ -8,9 +8,11 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -20,6 +22,7 @@ from ..training.data import DeviceData, Task, on_device
 from ..training.loop import evaluate, train
 from ..training.recipe import Recipe
 from . import layers as masking
+from .compressed import save_tensors
 from .heuristics import project, scores
 from .layers import Masks, prunable
 from .operations import Groups
@@ -39,14 +42,12 @@ class Evaluation:
         loss: mean cross entropy there.
         density: share of weights that stay.
         bits: what they cost (``layers.bits``).
-        remembered: it was found in the log, and not made again.
     """
 
     accuracy: float
     loss: float
     density: float
     bits: int
-    remembered: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Problem:
         groups: what is kept or pruned as one.
         memory: where evaluations are remembered; those it holds are not made again.
         seed: of the order of images in fine-tuning.
-        on_evaluation: called with every new evaluation.
+        gains: a folder for the gradients that evaluations found beside (``recall``), or None to keep none.
 
     Attributes:
         layers: those that can be compressed, of the copy.
@@ -122,7 +123,7 @@ class Problem:
         groups: Groups | None = None,
         memory: Memory | None = None,
         seed: int = 0,
-        on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
+        gains: Path | None = None,
     ) -> None:
         prunable(model)
         self.device = torch.device(device)
@@ -135,7 +136,7 @@ class Problem:
         self.data = DeviceData.of(task, self.device)
         self.evaluations = 0
         self._memory = memory
-        self._on_evaluation = on_evaluation
+        self._gains = gains
         self._known: dict[str, Evaluation] = {}
         self._identity: str | None = None
         _check_answer(self.model, self.data, task)
@@ -166,22 +167,49 @@ class Problem:
         from memory, and counts once.
         """
         masking.check_masks(self.layers, masks)
-        key = self._key(masks, fine_tune_steps)
-        if key in self._known:
-            return self._known[key]
-        self.evaluations += 1
-        found = self._memory.get(key) if self._memory is not None else None
-        remembered = found is not None and found.accuracy is not None and found.loss is not None
-        if found is None or found.accuracy is None or found.loss is None:
-            accuracy, loss = self._evaluate(masks, fine_tune_steps)
-            if self._memory is not None:
-                self._memory.put(key, Measurement(accuracy=accuracy, loss=loss))
-        else:
-            accuracy, loss = found.accuracy, found.loss
-        evaluation = Evaluation(accuracy, loss, masking.density(masks), masking.bits(masks), remembered)
-        self._known[key] = evaluation
-        self._on_evaluation(evaluation)
-        return evaluation
+        key = f"{masking.digest(masks)}/{fine_tune_steps}"
+        if key not in self._known:
+            self.evaluations += 1
+            accuracy, loss, _ = self.recall(
+                f"evaluate {fine_tune_steps}", masks, lambda: (*self._evaluate(masks, fine_tune_steps), None)
+            )
+            self._known[key] = Evaluation(accuracy, loss, masking.density(masks), masking.bits(masks))
+        return self._known[key]
+
+    def recall(
+        self,
+        question: str,
+        masks: Mapping[str, Tensor],
+        answer: Callable[[], tuple[float, float, Tensor | None]],
+    ) -> tuple[float, float, Tensor | None]:
+        """What ``answer`` gives, or what it gave to this question about these masks in an earlier process.
+
+        This is how a search that was killed goes on: it asks the same questions again, in the same order, and
+        those in the log cost nothing.
+
+        Args:
+            question: everything that the answer depends on beside the network, the data and the masks.
+            answer: (accuracy, loss, gain); gain is a tensor or None.
+        """
+        if self._memory is None:
+            return answer()
+        key = self._key(question, masks)
+        found = self._memory.get(key)
+        if found is not None and found.accuracy is not None and found.loss is not None:
+            if not found.extra.get("gain"):
+                return found.accuracy, found.loss, None
+            file = None if self._gains is None else self._gains / f"{key}.safetensors"
+            if file is not None and file.is_file():
+                return found.accuracy, found.loss, load_file(file, device=str(self.device))["gain"]
+        accuracy, loss, gain = answer()
+        if gain is not None:
+            if self._gains is None:
+                return accuracy, loss, gain
+            self._gains.mkdir(exist_ok=True)
+            save_tensors({"gain": gain}, self._gains / f"{key}.safetensors")
+        extra = {} if gain is None else {"gain": 1.0}
+        self._memory.put(key, Measurement(accuracy=accuracy, loss=loss, extra=extra))
+        return accuracy, loss, gain
 
     def fine_tune(self, masks: Mapping[str, Tensor], epochs: int, seed: int | None = None) -> nn.Module:
         """A copy of the network, trained under ``masks`` (``fine_tune``)."""
@@ -208,7 +236,7 @@ class Problem:
         tuned = fine_tune(self.model, masks, some, epochs, self.recipe, self.seed, self.groups.layout)
         return self.accuracy(tuned)
 
-    def _key(self, masks: Mapping[str, Tensor], steps: int) -> str:
+    def _key(self, question: str, masks: Mapping[str, Tensor]) -> str:
         if self._identity is None:
             parts = {
                 "network": fingerprint(self.model),
@@ -220,10 +248,8 @@ class Problem:
             }
             self._identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         int8 = any(mask.dtype != torch.bool for mask in masks.values())
-        layout = self._layout_name() if int8 else ""
-        return hashlib.sha256(
-            f"{self._identity}/{masking.digest(masks)}/{steps}/{layout}".encode()
-        ).hexdigest()
+        parts_of_key = (self._identity, masking.digest(masks), question, self._layout_name() if int8 else "")
+        return hashlib.sha256("/".join(parts_of_key).encode()).hexdigest()
 
     def _layout_name(self) -> str:
         orders = {

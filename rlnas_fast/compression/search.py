@@ -201,12 +201,11 @@ class _Run:
                 compared on equal terms.
         """
         which = len(self.history) if fresh else 0
-        accuracy, loss, gain = probe(
-            self.problem,
+        seed = child_seed(self.seed, f"probe {which}")
+        accuracy, loss, gain = self.problem.recall(
+            f"probe {self.steps} {seed} {gradients}",
             masks,
-            steps=self.steps,
-            seed=child_seed(self.seed, f"probe {which}"),
-            gradients=gradients,
+            lambda: probe(self.problem, masks, steps=self.steps, seed=seed, gradients=gradients),
         )
         self.problem.evaluations += 1
         total = masking.KEEP_BITS * self.problem.layers.total

@@ -293,3 +293,33 @@ def test_a_killed_layerwise_run_goes_on_and_ends_the_same(tmp_path: Path) -> Non
     assert one["after"]["test_accuracy"] == other["after"]["test_accuracy"]
     kept = [load_file(tmp_path / name / "compressed.safetensors") for name in ("killed", "whole")]
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[1])
+
+
+def test_a_killed_search_makes_no_evaluation_twice(tmp_path: Path) -> None:
+    arguments = [
+        "compress", "--model=lenet-300-100", "--method=ppo", "--density=0.05", "--base-epochs=1",
+        "--evaluations=8", "--set=latency_batch=4",
+    ]  # fmt: skip
+    process = rlnas(tmp_path, *arguments, "--out=killed")
+    log = tmp_path / "killed" / "evaluations.sqlite"
+    deadline = time.monotonic() + 60
+    while (not log.exists() or len(rows(log)) < 2) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    _, message = process.communicate()
+    before = rows(log)
+    assert 2 <= len(before) < 8, message
+    resumed = rlnas(tmp_path, *arguments, "--out=killed", "--json")
+    out, message = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, message
+    after = rows(log)
+    assert {key: after[key] for key in before} == before
+    whole = rlnas(tmp_path, *arguments, "--out=whole", "--json")
+    undisturbed, message = whole.communicate(timeout=120)
+    assert whole.returncode == 0, message
+    one, other = json.loads(out), json.loads(undisturbed)
+    assert one["evaluations"] == other["evaluations"] == 8
+    assert one["history"] == other["history"]
+    assert one["layers"] == other["layers"]
+    assert set(after) == set(rows(tmp_path / "whole" / "evaluations.sqlite"))
+    assert not (tmp_path / "killed" / "gains").exists()

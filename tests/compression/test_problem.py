@@ -54,11 +54,37 @@ def test_evaluations_outlive_the_process_and_are_not_made_again(
             again = second.evaluate(masks), second.evaluate(masks, 3)
         assert second.evaluations == 2, "a budget counts what was remembered too"
         assert [(e.accuracy, e.loss) for e in again] == [(e.accuracy, e.loss) for e in before]
-        assert all(e.remembered for e in again)
         with torch.no_grad():
             model[1].weight[0, 0] += 1
         other = Problem(model, task, memory=log)
-        assert not other.evaluate(masks).remembered, "another network"
+        monkeypatch.setattr(other, "_evaluate", refuse)
+        with pytest.raises(AssertionError, match="evaluated again"):
+            other.evaluate(masks)  # of another network
+
+
+def test_gradients_are_recalled_with_the_evaluation_that_found_them(
+    model: nn.Module, task: Task, tmp_path: Path
+) -> None:
+    asked = []
+
+    def answer() -> tuple[float, float, torch.Tensor]:
+        asked.append(1)
+        return 0.5, float("inf"), torch.arange(3.0)
+
+    def recall() -> tuple[float, float, torch.Tensor | None]:
+        with SqliteCache(tmp_path / "log.sqlite") as log:
+            problem = Problem(model, task, memory=log, gains=tmp_path / "gains")
+            return problem.recall("probe 0", problem.by_rule("lamp", 0.1), answer)
+
+    for _ in range(2):
+        accuracy, loss, gain = recall()
+        assert gain is not None
+        assert (accuracy, loss, gain.tolist()) == (0.5, float("inf"), [0, 1, 2])
+    assert len(asked) == 1
+    for file in (tmp_path / "gains").iterdir():
+        file.unlink()
+    recall()
+    assert len(asked) == 2, "without its gradient an evaluation is made again"
 
 
 def test_fine_tuning_keeps_zeros_and_improves(model: nn.Module, task: Task) -> None:
