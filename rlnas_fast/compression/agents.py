@@ -1,9 +1,10 @@
 """Agents that decide about layers and about groups of weights: PPO and deep Q-learning, and PPO for numbers.
 
-The document's agent step, ``probabilities = policy(state); action = sample(probabilities)``, for any number of
-decisions at once.  A decision is described by R rows of F features and chooses one of A actions of one of its
-rows: an upper agent decides once about R layers, a lower one decides about thousands of groups with R = 1.  One
-network reads all rows, so it is one policy however many layers or groups there are.
+The document's agent step, ``probabilities = policy(state); action = sample(probabilities)``, for any number
+of decisions at once.  A decision is described by R rows of F features and chooses one of A actions of one of
+its
+rows: an upper agent decides once about R layers, a lower one decides about thousands of groups with R = 1.
+One network reads all rows, so it is one policy however many layers or groups there are.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class PPO:
 
     Rewards are compared with a moving average of those before, in units of their deviation.
 
-    Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 7.  Deviation: a reward is the
-    whole return of the decisions before it, and a moving average takes the place of the critic.
+    Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 7.  Deviation: a reward is
+    the whole return of the decisions before it, and a moving average takes the place of the critic.
 
     Args:
         features: F.
@@ -161,7 +162,8 @@ class DQN:
         start: values of the A actions before anything was learned, float32 [A].
         seed: of the network and of every draw.
         epsilon: probability of a uniform draw, a number or a schedule over rewards.
-        discount: of the value of the next decision (of as many rows); 0 where decisions end with their reward.
+        discount: of the value of the next decision (of as many rows); 0 where decisions end with their
+            reward.
         updates: steps of Adam after each reward.
         batch: transitions in each.
         target_rate: how far the target network moves in each.
@@ -241,8 +243,8 @@ class GaussianPPO:
 
     Draws come in mirrored pairs around the means, which halves the noise of what is learned from them.
 
-    Source: Schulman et al. (2017), eq. 7, on the parameters of a policy, as in Sehnke et al., Parameter-exploring
-    Policy Gradients (2010).
+    Source: Schulman et al. (2017), eq. 7, on the parameters of a policy, as in Sehnke et al.,
+    Parameter-exploring Policy Gradients (2010).
 
     Args:
         deviation: of each number, float32 [D]; the means start at 0.

@@ -1,9 +1,9 @@
 """Differentiable masks: what the loss says about keeping each weight, taken along with an evaluation.
 
-A mask m multiplies a weight, so dL/dm = dL/d(m w) * w is there for pruned weights as well as for kept ones.  Steps
-of fine-tuning compute dL/d(m w) anyway.  Straight through the threshold of the projection, it is the gradient of the
-score that decided about the weight (Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons
-(2013)), and by the chain rule that of the policy which gave the score.
+A mask m multiplies a weight, so dL/dm = dL/d(m w) * w is there for pruned weights as well as for kept ones.
+Steps of fine-tuning compute dL/d(m w) anyway.  Straight through the threshold of the projection, it is the
+gradient of the score that decided about the weight (Bengio et al., Estimating or Propagating Gradients
+Through Stochastic Neurons (2013)), and by the chain rule that of the policy which gave the score.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def probe(
         steps: of fine-tuning; 0 evaluates the masked network as it is, without gradients.
 
     Returns:
-        (accuracy, loss, gain): gain is -dL/dm, mean over the steps, for the weights of all layers one after the
-        other, float32 [weights]; None without gradients.  A network that diverges has accuracy 0.
+        (accuracy, loss, gain): gain is -dL/dm, mean over the steps, for the weights of all layers one after
+        the other, float32 [weights]; None without gradients.  A network that diverges has accuracy 0.
     """
     if steps < 0 or (gradients and not steps):
         raise ConfigError(f"steps = {steps}: give at least 0, and at least 1 where gradients are wanted")
@@ -72,8 +72,8 @@ def probe(
 class Evidence:
     """What a policy learned through differentiable masks: a number for every weight, and for every feature.
 
-    Gradient ascent with momentum on the score, in deviations of the gradient over all weights: one weight's own
-    score moves by rate x gain, the coefficient of a feature by rate x the mean of feature x gain.
+    Gradient ascent with momentum on the score, in deviations of the gradient over all weights: one weight's
+    own score moves by rate x gain, the coefficient of a feature by rate x the mean of feature x gain.
 
     Args:
         features: float32 [K, weights], of the policy; standardised.

@@ -4,10 +4,11 @@ Every method here corrects the same scores: that of weight g in layer l is
 
     log LAMP(g) + budget(l) + coefficients . features(g) + evidence(g)
 
-and the highest are kept.  All corrections start at 0, so the first evaluation of every method is LAMP itself, and
-none ends with a lower reward.  An upper agent picks a layer and changes its budget (or the precision of what it
-keeps); a lower one, one policy for all weights, chooses the coefficients; differentiable masks give the evidence.
-The baselines optimise budgets alone (as AMC does), or budgets and coefficients, as black boxes.
+and the highest are kept.  All corrections start at 0, so the first evaluation of every method is LAMP
+itself, and none ends with a lower reward.  An upper agent picks a layer and changes its budget (or the
+precision of what it keeps); a lower one, one policy for all weights, chooses the coefficients;
+differentiable masks give the evidence. The baselines optimise budgets alone (as AMC does), or budgets and
+coefficients, as black boxes.
 """
 
 from __future__ import annotations
@@ -49,11 +50,12 @@ class Settings:
     """What the learned methods are made of; each part can be left out.
 
     Attributes:
-        hierarchical: an upper agent picks layers; without it one agent chooses budgets and coefficients at once.
+        hierarchical: an upper agent picks layers; without it one agent chooses budgets and coefficients at
+            once.
         differentiable: gradients through the mask train the policy too.
         autoencoder: its error is a feature of weights and part of a layer's state.
-        curriculum: the density starts this many times as high, and falls to what was asked over the first half
-            of the evaluations; 1 is no curriculum.
+        curriculum: the density starts this many times as high, and falls to what was asked over the first
+            half of the evaluations; 1 is no curriculum.
         rate: of the evidence, in deviations of its gradient; falls linearly to a tenth.
         budget_deviation, coefficient_deviation: how far numbers are varied.
     """
@@ -74,7 +76,8 @@ class Allocation:
     Attributes:
         masks: by layer, bool: what stays.
         states: by layer, uint8: 0 prune, 1 keep, 2 int8.
-        history: one row an evaluation: reward, accuracy, loss, density, kept share of each layer, best so far.
+        history: one row an evaluation: reward, accuracy, loss, density, kept share of each layer, best so
+            far.
     """
 
     masks: Masks
@@ -100,7 +103,8 @@ def search(
     ``"ppo"``, ``"dqn"``
         the upper agent learns by PPO or double deep Q-learning, the lower by PPO and through masks.
     ``"amc"``
-        per-layer ratios by PPO, the largest weights of each layer (He et al., AMC (2018), whose agent is DDPG).
+        per-layer ratios by PPO, the largest weights of each layer (He et al., AMC (2018), whose agent is
+        DDPG).
     ``"random"``, ``"cem"``
         random search and the cross-entropy method over budgets and coefficients.
     ``"random-ratios"``, ``"cem-ratios"``
@@ -113,7 +117,8 @@ def search(
         int8: lets layers be kept in 8 bits.
         reward: prices beside the validation accuracy.
         log: called with each row of the history.
-        fine_tune_steps: within each evaluation; masks are differentiated in these steps, so with 0 they are not.
+        fine_tune_steps: within each evaluation; masks are differentiated in these steps, so with 0 they are
+            not.
         settings: of the learned methods.
 
     Raises:
@@ -412,10 +417,10 @@ def features(problem: Problem, autoencoder: Autoencoder | None = None) -> Tensor
     """What the policy sees of each weight, standardised over all of them: float32 [K, weights].
 
     The logarithms of: its size; its squared gradient (Fisher information, mean over 20 batches of the trained
-    network); the deviation of its input; the mean square of its row and of its column, which say whether a unit
-    dies; the error with which the autoencoder gives its group back.  And its layer's place.
+    network); the deviation of its input; the mean square of its row and of its column, which say whether a
+    unit dies; the error with which the autoencoder gives its group back.  And its layer's place.
     """
-    layers, data = problem.layers, problem.data
+    layers = problem.layers
     squares, deviations = _gradients(problem, layers)
     rows = []
     for place, layer in enumerate(layers):
