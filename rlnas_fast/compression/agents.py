@@ -55,13 +55,14 @@ class _Scores(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.body = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, len(start)))
+            self.body = nn.Linear(features, hidden)
+            self.head = nn.Linear(hidden, len(start))
         with torch.no_grad():
-            self.body[2].weight.zero_()
-            self.body[2].bias.copy_(start)
+            self.head.weight.zero_()
+            self.head.bias.copy_(start)
 
     def forward(self, states: Tensor) -> Tensor:
-        found: Tensor = self.body(states)
+        found: Tensor = self.head(torch.tanh(self.body(states)))
         return found.flatten(1)
 
 

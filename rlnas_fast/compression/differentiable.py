@@ -112,7 +112,7 @@ class _Recorder(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         inside = masking.effective(self.name, weight, self.mask, self.layout)
         if self.record and inside.requires_grad:
-            inside.register_hook(self._hook(weight.detach()))
+            inside.register_hook(self._hook(weight.detach()))  # type: ignore[no-untyped-call]
         return inside
 
     def _hook(self, weight: Tensor) -> Callable[[Tensor], None]:
