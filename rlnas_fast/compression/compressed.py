@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, RunError
 from ..nn import MaskedConv2d, MaskedLinear
 from ..ops.masked_matmul import INT8, PRUNE, TileMask
 from ..ops.masked_matmul.tile_mask import check_scale
@@ -172,12 +172,22 @@ class Compressed(nn.Module):
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file, all of it or none of it; tensors that share memory are written apart."""
+    """Writes a safetensors file, all of it or none of it; tensors that share memory are written apart.
+
+    Raises:
+        RunError: it cannot be written; says why.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     partial = file.with_name(f"{file.name}.partial")
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, partial, metadata=metadata)
+    try:
+        save_file(plain, partial, metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        raise RunError(
+            f"{file} cannot be written: {error}; free some space, or choose a writable --out"
+        ) from error
     partial.replace(file)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -23,10 +24,11 @@ from rlnas_fast.cli import main
 from rlnas_fast.compression.layers import prunable
 from rlnas_fast.compression.networks import make_network
 from rlnas_fast.errors import ConfigError, DataError, RunError
+from rlnas_fast.ops import native
 from rlnas_fast.ops.masked_matmul import cost_model
 from rlnas_fast.search import TaskSpec
 
-SHORT = ["--base-epochs=3", "--set", "latency_batch=8"]
+SHORT = ["--base-epochs=3", "--set=latency_batch=8", "--set=method=lamp"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,6 +39,7 @@ def _quick_cost_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(cost_model, "_SIZES", ((64, (1, 8, 32)),))
         cost_model._coefficients.cache_clear()
+        cost_model._coefficients(native.cpu().isa(), 1, "torch.float32")  # on disk for processes of their own
         yield
     cost_model._coefficients.cache_clear()
     torch.set_num_threads(threads)
@@ -80,7 +83,7 @@ def test_from_a_name_to_a_network_that_can_be_used(capsys: pytest.CaptureFixture
     assert again["after"]["test_accuracy"] == summary["after"]["test_accuracy"]
     assert main(["resume", "run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["after"]["test_accuracy"] == summary["after"]["test_accuracy"]
-    assert main(["compress", "--model=lenet-300-100", "--density=0.2", "--out=run"]) == 2
+    assert main(["compress", *arguments[:2], *SHORT, "--seed=3", "--density=0.2", "--out=run"]) == 2
     assert "holds a compression with density = 0.1, now it is 0.2" in capsys.readouterr().err
 
 
@@ -88,7 +91,14 @@ def test_from_a_name_to_a_network_that_can_be_used(capsys: pytest.CaptureFixture
 def test_tables_for_a_terminal_name_what_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Linear(32, 10)).eval()
     result = rf.compress(
-        module, density=0.5, groups="tiles:8x8", gather=True, int8=True, latency_batch=4, out="o"
+        module,
+        density=0.5,
+        method="lamp",
+        groups="tiles:8x8",
+        gather=True,
+        int8=True,
+        latency_batch=4,
+        out="o",
     )
     assert result.summary["skipped"] == [
         {"name": "2", "reason": "is a BatchNorm1d, not nn.Linear or nn.Conv2d"}
@@ -161,7 +171,7 @@ def test_an_untrusted_file_runs_nothing(name: str, capsys: pytest.CaptureFixture
         (["--model=lenet-300-100", "--density=0"], "density = 0.0: give the share of weights to keep"),
         (["--model=lenet-300-100", "--density=1.2"], "above 0 and at most 1"),
         (["--model=lenet-300-100", "--density=0.0001"], "the smallest layer, '5', has 1,000 weights"),
-        (["--model=lenet-300-100", "--method=lamb"], "did you mean 'lamp'"),
+        (["--model=lenet-300-100", "--set=method=lamb"], "did you mean 'lamp'"),
         (["--model=lenet-300-100", "--groups=tile"], "groups 'tile'"),
         (["--model=lenet-300-100", "--gather"], "gather = True: gathers weights into tiles"),
         (["--model=lenet-300-100", "--groups=2:4", "--density=0.6"], "2:4 can keep at most 0.5"),
@@ -181,7 +191,7 @@ def test_an_untrusted_file_runs_nothing(name: str, capsys: pytest.CaptureFixture
 def test_bad_input_is_one_line_and_writes_nothing(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["compress", *arguments, *SHORT, "--out=run"]) == 2
+    assert main(["compress", *SHORT, *arguments, "--out=run"]) == 2
     out, message = capsys.readouterr()
     assert message.count("\n") == 1
     assert said in message
@@ -249,12 +259,32 @@ def test_the_winner_of_a_search_is_compressed(capsys: pytest.CaptureFixture[str]
         torch.testing.assert_close(network(x), network.to_dense()(x))
 
 
-def rlnas(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def rlnas(folder: Path, *arguments: str, **more: object) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "rlnas_fast.cli", *arguments],
-        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more,
+    )  # type: ignore[call-overload, no-any-return]  # fmt: skip
+
+
+def small_files_only() -> None:
+    """What a full disk looks like to a process: no file may grow beyond 100 KiB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, 100 << 10))
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path: Path) -> None:
+    arguments = ["compress", "--model=lenet-300-100", "--out=run", "--json", *SHORT]
+    process = rlnas(tmp_path, *arguments, preexec_fn=small_files_only)
+    _, message = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert message.count("\n") == 1
+    assert "free some space" in message
+    assert not (tmp_path / "run" / "base.safetensors").exists()
+    process = rlnas(tmp_path, *arguments)
+    out, message = process.communicate(timeout=120)
+    assert process.returncode == 0, message
+    assert json.loads(out)["after"]["weights"] == 5020
 
 
 def rows(log: Path) -> dict[str, str]:
@@ -267,7 +297,9 @@ def rows(log: Path) -> dict[str, str]:
         connection.close()
 
 
-def test_a_killed_layerwise_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+def test_a_killed_layerwise_run_goes_on_and_ends_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [
         "compress", "--model=lenet-300-100", "--procedure=layerwise", "--groups=tiles:16x16", "--density=0.2",
         "--base-epochs=1", "--set=layer_steps=2", "--set=layer_epochs=3", "--set=latency_batch=4",
@@ -284,10 +316,8 @@ def test_a_killed_layerwise_run_goes_on_and_ends_the_same(tmp_path: Path) -> Non
     resumed = rlnas(tmp_path, "resume", "killed", "--json")
     out, message = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, message
-    whole = rlnas(tmp_path, *arguments, "--out=whole", "--json")
-    undisturbed, message = whole.communicate(timeout=120)
-    assert whole.returncode == 0, message
-    one, other = json.loads(out), json.loads(undisturbed)
+    assert main([*arguments, f"--out={tmp_path / 'whole'}", "--json"]) == 0
+    one, other = json.loads(out), json.loads(capsys.readouterr().out)
     assert one["history"] == other["history"]
     assert one["layers"] == other["layers"]
     assert one["after"]["test_accuracy"] == other["after"]["test_accuracy"]
@@ -295,7 +325,9 @@ def test_a_killed_layerwise_run_goes_on_and_ends_the_same(tmp_path: Path) -> Non
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[1])
 
 
-def test_a_killed_search_makes_no_evaluation_twice(tmp_path: Path) -> None:
+def test_a_killed_search_makes_no_evaluation_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [
         "compress", "--model=lenet-300-100", "--method=ppo", "--density=0.05", "--base-epochs=1",
         "--evaluations=8", "--set=latency_batch=4",
@@ -314,10 +346,8 @@ def test_a_killed_search_makes_no_evaluation_twice(tmp_path: Path) -> None:
     assert resumed.returncode == 0, message
     after = rows(log)
     assert {key: after[key] for key in before} == before
-    whole = rlnas(tmp_path, *arguments, "--out=whole", "--json")
-    undisturbed, message = whole.communicate(timeout=120)
-    assert whole.returncode == 0, message
-    one, other = json.loads(out), json.loads(undisturbed)
+    assert main([*arguments, f"--out={tmp_path / 'whole'}", "--json"]) == 0
+    one, other = json.loads(out), json.loads(capsys.readouterr().out)
     assert one["evaluations"] == other["evaluations"] == 8
     assert one["history"] == other["history"]
     assert one["layers"] == other["layers"]
