@@ -156,6 +156,8 @@ def compress(
         _same_settings(folder, chosen, source, made_task, task, where)
         progress.began(folder)
         cache = stack.enter_context(SqliteCache(folder / EVALUATIONS))
+        for note in cache.notes:
+            progress.note(note)
         base = _base(source, made_task, chosen, where, folder, progress)
         return _compress(base, source, made_task, chosen, where, folder, cache, progress)
 

@@ -105,11 +105,12 @@ class MaskedWeight(nn.Module):
         return known[1]
 
     def train(self, mode: bool = True) -> Self:
-        """Switches between training and evaluation; what was packed is forgotten.
+        """Switches between training and evaluation; what was packed is forgotten when training begins.
 
         A fused optimiser changes a weight without raising its version, so ``_pack`` would not notice.
         """
-        self._packed = {}
+        if mode:
+            self._packed = {}
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
