@@ -56,7 +56,10 @@ class Settings:
         autoencoder: its error is a feature of weights and part of a layer's state.
         curriculum: the density starts this many times as high, and falls to what was asked over the first
             half of the evaluations; 1 is no curriculum.
-        rate: of the evidence, in deviations of its gradient; falls linearly to a tenth.
+        rate: of the evidence, in deviations of its gradient; falls linearly to a tenth.  When the rewards of
+            late are below LAMP's, it is halved and the evidence goes back to what it was at the best.
+        least_gain: by which the best reward must be above LAMP's for LAMP to be left.  Evaluations differ by
+            chance, and of 60 equally good ones the best looks better by about as much.
         budget_deviation, coefficient_deviation: how far numbers are varied.
     """
 
@@ -65,13 +68,14 @@ class Settings:
     autoencoder: bool = True
     curriculum: float = 1.0
     rate: float = 0.2
-    budget_deviation: float = 0.05
-    coefficient_deviation: float = 0.05
+    least_gain: float = 0.01
+    budget_deviation: float = 0.1
+    coefficient_deviation: float = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """What a search ends with: the masks of the evaluation with the highest reward.
+    """What a search ends with: the masks of the highest reward, or LAMP's where that is hardly better.
 
     Attributes:
         masks: by layer, bool: what stays.
@@ -173,7 +177,9 @@ class _Run:
             Autoencoder(layers, seed=seed) if settings.autoencoder or prices.reconstruction else None
         )
         self.history: list[dict[str, Any]] = []
-        self.best: tuple[float, Masks] = (-math.inf, {})
+        self.first: tuple[float, Masks] = (-math.inf, {})
+        self.best = self.first
+        self.least_gain = 0.0
 
     @property
     def left(self) -> int:
@@ -221,6 +227,8 @@ class _Run:
             reconstruction=self._reconstruction(masks) if self.prices.reconstruction else 0.0,
             latency_s=self._latency_s(masks) if self.prices.latency_ms else 0.0,
         )
+        if not self.history:
+            self.first = value, masks
         if counts and value > self.best[0]:
             self.best = value, masks
         row = {
@@ -238,7 +246,8 @@ class _Run:
         return value, gain
 
     def result(self) -> Allocation:
-        masks = self.best[1]
+        left = self.best[0] >= self.first[0] + self.least_gain
+        masks = self.best[1] if left else self.first[1]
         return Allocation(
             {name: mask != PRUNE for name, mask in masks.items()},
             {name: mask.to(torch.uint8) for name, mask in masks.items()},
@@ -264,6 +273,7 @@ class _Run:
 def _learned(run: _Run, agent_class: type[PPO] | type[DQN]) -> None:
     """The hierarchy: the upper agent moves one layer's budget, the lower one the policy of all weights."""
     settings, problem = run.settings, run.problem
+    run.least_gain = settings.least_gain
     known = features(problem, run.autoencoder if settings.autoencoder else None)
     layers, count = len(run.names), len(known)
     budgets = torch.zeros(layers)
@@ -277,7 +287,8 @@ def _learned(run: _Run, agent_class: type[PPO] | type[DQN]) -> None:
     changes = torch.tensor([-_BUDGET_STEP, 0.0, _BUDGET_STEP, 0.0])  # the fourth changes the precision
     upper: Agent | None = None
     curriculum = Schedule(math.log(max(1.0, settings.curriculum)), 0.0, max(1, run.evaluations // 2))
-    rates = Schedule(settings.rate, 0.1 * settings.rate, run.evaluations)
+    rates, halved = Schedule(settings.rate, 0.1 * settings.rate, run.evaluations), 1.0
+    best, best_evidence = -math.inf, evidence.copy()
     masks = run.masks(run.start)
     recent: list[float] = []
     while run.left:
@@ -314,8 +325,14 @@ def _learned(run: _Run, agent_class: type[PPO] | type[DQN]) -> None:
                 if not recent or value >= float(np.mean(recent)):
                     budgets, int8 = proposal, precision
         recent = [*recent, value][-_RECENT:]
-        if gain is not None:
-            evidence.add(gain, rates.at(trial))
+        if gain is None:
+            continue
+        if wanted == run.density and value > best:
+            best, best_evidence = value, evidence.copy()
+        if len(recent) == _RECENT and float(np.mean(recent)) < run.first[0]:
+            evidence, halved, recent = best_evidence.copy(), halved / 2, []
+        else:
+            evidence.add(gain, halved * rates.at(trial))
 
 
 def _states(run: _Run, masks: Masks) -> Tensor:
