@@ -273,18 +273,21 @@ def small_files_only() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, 100 << 10))
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path: Path) -> None:
-    arguments = ["compress", "--model=lenet-300-100", "--out=run", "--json", *SHORT]
-    process = rlnas(tmp_path, *arguments, preexec_fn=small_files_only)
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = rlnas(
+        tmp_path, "compress", "--model=lenet-300-100", "--out=run", *SHORT, preexec_fn=small_files_only
+    )
     _, message = process.communicate(timeout=120)
     assert process.returncode == 2
     assert message.count("\n") == 1
     assert "free some space" in message
     assert not (tmp_path / "run" / "base.safetensors").exists()
-    process = rlnas(tmp_path, *arguments)
-    out, message = process.communicate(timeout=120)
-    assert process.returncode == 0, message
-    assert json.loads(out)["after"]["weights"] == 5020
+    assert (
+        compress("--model=lenet-300-100", f"--out={tmp_path / 'run'}", capsys=capsys)["after"]["weights"]
+        == 5020
+    )
 
 
 def rows(log: Path) -> dict[str, str]:
@@ -313,9 +316,8 @@ def test_a_killed_layerwise_run_goes_on_and_ends_the_same(
     _, message = process.communicate()
     assert saved.exists(), message
     assert not (tmp_path / "killed" / "summary.json").exists()
-    resumed = rlnas(tmp_path, "resume", "killed", "--json")
-    out, message = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, message
+    assert main(["resume", str(tmp_path / "killed"), "--json"]) == 0
+    out = capsys.readouterr().out
     assert main([*arguments, f"--out={tmp_path / 'whole'}", "--json"]) == 0
     one, other = json.loads(out), json.loads(capsys.readouterr().out)
     assert one["history"] == other["history"]
@@ -341,9 +343,8 @@ def test_a_killed_search_makes_no_evaluation_twice(
     _, message = process.communicate()
     before = rows(log)
     assert 2 <= len(before) < 8, message
-    resumed = rlnas(tmp_path, *arguments, "--out=killed", "--json")
-    out, message = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, message
+    assert main([*arguments, f"--out={tmp_path / 'killed'}", "--json"]) == 0
+    out = capsys.readouterr().out
     after = rows(log)
     assert {key: after[key] for key in before} == before
     assert main([*arguments, f"--out={tmp_path / 'whole'}", "--json"]) == 0
