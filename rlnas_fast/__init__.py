@@ -7,11 +7,22 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .compression_runs import compress, load_compressed
     from .hardware.measure import measure_module as measure
     from .placement_runs import load_placed, place
     from .runs import load_child, resume_run, run
 
-__all__ = ["__version__", "load_child", "load_placed", "measure", "place", "resume_run", "run"]
+__all__ = [
+    "__version__",
+    "compress",
+    "load_child",
+    "load_compressed",
+    "load_placed",
+    "measure",
+    "place",
+    "resume_run",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +35,10 @@ def __getattr__(name: str) -> Any:
         from . import placement_runs
 
         return getattr(placement_runs, name)
+    if name in ("compress", "load_compressed"):
+        from . import compression_runs
+
+        return getattr(compression_runs, name)
     if name == "measure":
         from .hardware.measure import measure_module
 

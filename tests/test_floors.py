@@ -11,7 +11,7 @@ import rlnas_fast
 
 PACKAGE = Path(rlnas_fast.__file__).parent
 EVERYTHING = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
-PLACEMENT_RUNS = ("placement_folder", "placement_runs")
+RUNS = ("runs", "placement_folder", "placement_runs", "compression_sources", "compression_runs")
 MAY_IMPORT = {
     "errors": set(),
     "_version": set(),
@@ -31,15 +31,17 @@ MAY_IMPORT = {
     "evaluators": {"search", "training"},
     "compression": {"nn", "ops", "rl", "training", "hardware", "search"},
     "placement": {"nn", "rl", "training", "hardware", "search"},
-    "costs": EVERYTHING - {"cli", "comparison", "runs", *PLACEMENT_RUNS, "environments", "experiments"},
-    "compose": EVERYTHING - {"cli", "comparison", "runs", *PLACEMENT_RUNS, "environments", "experiments"},
+    "costs": EVERYTHING - {"cli", "comparison", "environments", "experiments", *RUNS},
+    "compose": EVERYTHING - {"cli", "comparison", "environments", "experiments", *RUNS},
     "environments": {"compose", "envs", "search"},
-    "comparison": EVERYTHING - {"cli", "runs", *PLACEMENT_RUNS, "environments", "experiments"},
-    "runs": EVERYTHING - {"cli", *PLACEMENT_RUNS, "experiments"},
+    "comparison": EVERYTHING - {"cli", "experiments", "environments", *RUNS},
+    "runs": EVERYTHING - {"cli", "experiments", *RUNS} | {"runs"},
     "placement_folder": {"placement", "search", "storage"},
-    "placement_runs": EVERYTHING - {"cli", "runs", "experiments"},
+    "placement_runs": EVERYTHING - {"cli", "experiments", *RUNS} | {"placement_folder"},
+    "compression_sources": EVERYTHING - {"cli", "experiments", *RUNS} | {"runs"},
+    "compression_runs": EVERYTHING - {"cli", "experiments", *RUNS} | {"runs", "compression_sources"},
     "experiments": EVERYTHING - {"cli"},
-    "__init__": {"runs", "placement_runs", "hardware", "_version"},
+    "__init__": {"runs", "placement_runs", "compression_runs", "hardware", "_version"},
     "cli": EVERYTHING,
 }
 

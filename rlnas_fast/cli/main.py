@@ -134,6 +134,47 @@ def search(
 
 
 @app.command()
+def compress(
+    model: Annotated[
+        str,
+        typer.Option(help="lenet-300-100, small-cnn, a file of weights, a run folder or module:attribute."),
+    ],
+    data: Annotated[str, typer.Option(help="A task (see `rlnas tasks`) or a .npz file.")] = "digits",
+    density: Annotated[float | None, typer.Option(help="Share of the weights to keep.")] = None,
+    method: Annotated[str | None, typer.Option(help="A published rule, or a search; see the docs.")] = None,
+    procedure: Annotated[str | None, typer.Option(help="search, or layerwise.")] = None,
+    groups: Annotated[str | None, typer.Option(help="weights, rows, tiles, tiles:16x16 or 2:4.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Let weights be int8.")] = False,
+    gather: Annotated[bool, typer.Option("--gather", help="Gather what matters into few tiles.")] = False,
+    max_latency_ms: Annotated[float | None, typer.Option(help="Keep less where it is slower.")] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Of a search.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Fine-tuning at the end.")] = None,
+    base_epochs: Annotated[int | None, typer.Option(help="Training of a network without weights.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda:0, ... or auto.")] = "auto",
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="The folder (default: a new one in runs/).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a trained network: which weights to keep, prune or quantise.
+
+    The same command with the same --out goes on where it was stopped.
+    """
+    given: dict[str, Any] = {
+        "density": density, "method": method, "procedure": procedure, "groups": groups,
+        "int8": int8 or None, "gather": gather or None, "max_latency_ms": max_latency_ms,
+        "evaluations": evaluations, "epochs": epochs, "base_epochs": base_epochs, "seed": seed,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None} | _settings(settings)
+    from ..compression_runs import compress as start
+    from .compress import print_compression
+
+    with Screen(quiet=as_json) as screen:
+        result = start(model, data, out=out, device=device, progress=screen, **given)
+    print_compression(result, as_json)
+
+
+@app.command()
 def resume(
     folder: RunFolder,
     trials: Annotated[int | None, typer.Option(help="More trials than the run was started with.")] = None,
@@ -145,17 +186,27 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on where a run was stopped."""
+    from ..compression_runs import SETTINGS, resume_compression
     from ..placement_folder import CONFIG
     from ..placement_runs import resume_place
 
-    if (folder / CONFIG).is_file():
+    placed, compressed = (folder / CONFIG).is_file(), (folder / SETTINGS).is_file()
+    if (placed or compressed) and (trials is not None or max_seconds is not None or continue_from_log):
+        kind = "placement run" if placed else "compression"
+        raise ConfigError(f"{folder} is a {kind}: it goes on with the settings it was started with")
+    if placed:
         from .place import show_placement
 
-        if trials or max_seconds or continue_from_log:
-            raise ConfigError(f"{folder} is a placement run: it is resumed without options")
         with Screen(quiet=as_json) as screen:
-            placed = resume_place(folder, screen)
-        show_placement(placed, as_json)
+            placement = resume_place(folder, screen)
+        show_placement(placement, as_json)
+        return
+    if compressed:
+        from .compress import print_compression
+
+        with Screen(quiet=as_json) as screen:
+            compression = resume_compression(folder, progress=screen)
+        print_compression(compression, as_json)
         return
     from ..runs import resume as go_on
 

@@ -31,6 +31,7 @@ class Screen:
         self.search: TaskID | None = None
         self.confirm: TaskID | None = None
         self.pieces: TaskID | None = None
+        self.stages: dict[str, TaskID] = {}
         self.folder: Path | None = None
         self.best: Trial | None = None
         self.failed = 0
@@ -51,9 +52,7 @@ class Screen:
         self.console.print(f"note: {text}", highlight=False, soft_wrap=True)
 
     def started(self, folder: Path, done: Sequence[Trial], total: int) -> None:
-        self.folder = folder
-        if not self.bar.disable:
-            self.console.print(f"run folder {folder}", highlight=False)
+        self.began(folder)
         self.search = self.bar.add_task("child networks", total=total, completed=len(done), best="")
         self.told(done)
 
@@ -79,13 +78,21 @@ class Screen:
             self.pieces = self.bar.add_task("pieces", total=total, best="")
         self.bar.update(self.pieces, completed=done)
 
-    def trained(self, folder: Path, done: int, total: int, text: str) -> None:
+    def began(self, folder: Path) -> None:
         self.folder = folder
+        if not self.bar.disable:
+            self.console.print(f"run folder {folder}", highlight=False)
+
+    def trained(self, folder: Path, done: int, total: int, text: str) -> None:
         if self.pieces is None:
-            if not self.bar.disable:
-                self.console.print(f"run folder {folder}", highlight=False)
+            self.began(folder)
             self.pieces = self.bar.add_task("training passes", total=total, best=text)
         self.bar.update(self.pieces, completed=done, best=text)
+
+    def stage(self, what: str, done: int, total: int) -> None:
+        if what not in self.stages:
+            self.stages[what] = self.bar.add_task(what, total=total, best="")
+        self.bar.update(self.stages[what], completed=done, total=total)
 
     def _so_far(self) -> str:
         parts = []

@@ -104,6 +104,15 @@ class MaskedWeight(nn.Module):
             known = self._packed[size] = (versions, pack(self.weight, mask, batch=largest))
         return known[1]
 
+    def train(self, mode: bool = True) -> Self:
+        """Switches between training and evaluation; what was packed is forgotten when training begins.
+
+        A fused optimiser changes a weight without raising its version, so ``_pack`` would not notice.
+        """
+        if mode:
+            self._packed = {}
+        return super().train(mode)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": {}}
 

@@ -104,6 +104,20 @@ def test_evaluation_follows_changes_of_weight_and_mask():
                 torch.testing.assert_close(layer(x), layer.to_dense()(x))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_evaluation_follows_an_optimiser_that_raises_no_version(fused):
+    layer = MaskedLinear.from_dense(nn.Linear(40, 24), torch.rand(24, 40) < 0.3)
+    x = torch.randn(6, 40)
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
+    for _ in range(2):
+        layer.train()
+        layer(x).square().sum().backward()
+        optimiser.step()
+        layer.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), layer.to_dense()(x))
+
+
 def test_compiles_whole():
     layer = MaskedLinear(40, 24, make_mask())
     x = torch.randn(6, 40)

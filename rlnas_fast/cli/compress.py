@@ -1,0 +1,38 @@
+"""``rlnas compress``: what a compression ended with, for a terminal or as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from ..compression_runs import CompressionResult
+
+
+def print_compression(result: CompressionResult, as_json: bool) -> None:
+    """Before and after, what stays of each layer, and what should be known about both."""
+    from ..compression.report import allocation_table, result_table
+
+    summary = result.summary
+    if as_json:
+        print(json.dumps(summary | {"folder": str(result.folder)}, indent=2))
+        return
+    console = Console(emoji=False)
+    console.print(allocation_table(summary))
+    console.print(result_table(summary))
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    line(
+        f"{summary['method']}: {100 * summary['density']:.4g} % of the weights, "
+        f"{summary['after']['bits'] / summary['before']['bits']:.4g} of the bits, "
+        f"{summary['speedup']:.2f} times as fast at batch {summary['latency_batch']}"
+    )
+    for entry in summary["skipped"]:
+        line(f"left alone: {entry['name']} {entry['reason']}")
+    for caveat in summary["caveats"]:
+        line(f"caveat: {caveat}")
+    line(f"Everything is in {result.folder}")

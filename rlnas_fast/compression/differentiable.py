@@ -1,0 +1,129 @@
+"""Differentiable masks: what the loss says about keeping each weight, taken along with an evaluation.
+
+A mask m multiplies a weight, so dL/dm = dL/d(m w) * w is there for pruned weights as well as for kept ones.
+Steps of fine-tuning compute dL/d(m w) anyway.  Straight through the threshold of the projection, it is the
+gradient of the score that decided about the weight (Bengio et al., Estimating or Propagating Gradients
+Through Stochastic Neurons (2013)), and by the chain rule that of the policy which gave the score.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import ConfigError
+from ..search import Budget
+from ..training.loop import train
+from . import layers as masking
+from .layers import Layout
+from .problem import Problem
+
+__all__ = ["Evidence", "probe"]
+
+
+def probe(
+    problem: Problem,
+    masks: Mapping[str, Tensor],
+    *,
+    steps: int,
+    seed: int,
+    gradients: bool = True,
+) -> tuple[float, float, Tensor | None]:
+    """Accuracy and loss on the validation split after a few steps under ``masks``, and what the steps saw.
+
+    The steps run on a copy, with the problem's recipe, on training images drawn with ``seed``; the next probe
+    starts from the original weights again.
+
+    Args:
+        steps: of fine-tuning; 0 evaluates the masked network as it is, without gradients.
+
+    Returns:
+        (accuracy, loss, gain): gain is -dL/dm, mean over the steps, for the weights of all layers one after
+        the other, float32 [weights]; None without gradients.  A network that diverges has accuracy 0.
+    """
+    if steps < 0 or (gradients and not steps):
+        raise ConfigError(f"steps = {steps}: give at least 0, and at least 1 where gradients are wanted")
+    if not steps:
+        with masking.masked(problem.model, masks, problem.groups.layout):
+            return *problem.accuracy(problem.model), None
+    rows = torch.randperm(len(problem.data.x), generator=torch.Generator().manual_seed(seed))
+    rows = rows[: steps * problem.recipe.batch_size].to(problem.device)
+    some = replace(problem.data, x=problem.data.x[rows], y=problem.data.y[rows])
+    tuned = copy.deepcopy(problem.model)
+    recorders = []
+    for name, mask in masks.items():
+        recorder = _Recorder(name, mask, problem.groups.layout, gradients)
+        parametrize.register_parametrization(tuned.get_submodule(name), "weight", recorder, unsafe=True)
+        recorders.append(recorder)
+    result = train(tuned, some, problem.recipe, Budget(1), device=problem.device, seed=seed)
+    gain = None
+    if gradients:
+        gain = torch.cat([recorder.gain.flatten() for recorder in recorders]).div_(-steps)
+    if result.accuracy is None or result.loss is None:
+        return 0.0, float("inf"), None if gain is None else torch.zeros_like(gain)
+    return result.accuracy, result.loss, gain
+
+
+class Evidence:
+    """What a policy learned through differentiable masks: a number for every weight, and for every feature.
+
+    Gradient ascent with momentum on the score, in deviations of the gradient over all weights: one weight's
+    own score moves by rate x gain, the coefficient of a feature by rate x the mean of feature x gain.
+
+    Args:
+        features: float32 [K, weights], of the policy; standardised.
+        momentum: weight of earlier evaluations.
+
+    Attributes:
+        scores: what is added to the scores, float32 [weights]; 0 at the start.
+    """
+
+    def __init__(self, features: Tensor, *, momentum: float = 0.8) -> None:
+        self._features, self._momentum = features, momentum
+        self._average = torch.zeros(features.shape[1], device=features.device)
+        self.coefficients = torch.zeros(len(features), device=features.device)
+        self._own = torch.zeros_like(self._average)
+
+    @property
+    def scores(self) -> Tensor:
+        return self._own + self.coefficients @ self._features
+
+    def copy(self) -> Evidence:
+        """As it is now; what is added to one does not change the other."""
+        twin = Evidence(self._features, momentum=self._momentum)
+        twin._average, twin._own = self._average.clone(), self._own.clone()
+        twin.coefficients = self.coefficients.clone()
+        return twin
+
+    def add(self, gain: Tensor, rate: float) -> None:
+        """One step along ``gain``, float32 [weights]."""
+        self._average.lerp_(gain, 1 - self._momentum)
+        scaled = self._average / self._average.square().mean().sqrt().clamp_min(1e-12)
+        self._own += rate * scaled
+        self.coefficients += rate * (self._features @ scaled) / len(scaled)
+
+
+class _Recorder(nn.Module):
+    """The weight of a layer as its mask leaves it; sums the gradients of the mask."""
+
+    def __init__(self, name: str, mask: Tensor, layout: Layout, record: bool) -> None:
+        super().__init__()
+        self.name, self.mask, self.layout, self.record = name, mask, layout, record
+        self.gain = torch.zeros(mask.shape, device=mask.device)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        inside = masking.effective(self.name, weight, self.mask, self.layout)
+        if self.record and inside.requires_grad:
+            inside.register_hook(self._hook(weight.detach()))  # type: ignore[no-untyped-call]
+        return inside
+
+    def _hook(self, weight: Tensor) -> Callable[[Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            self.gain.addcmul_(gradient, weight)
+
+        return add

@@ -1,0 +1,505 @@
+"""Learns which weights to keep, prune or quantise under an exact budget, from a handful of evaluations.
+
+Every method here corrects the same scores: that of weight g in layer l is
+
+    log LAMP(g) + budget(l) + coefficients . features(g) + evidence(g)
+
+and the highest are kept.  All corrections start at 0, so the first evaluation of every method is LAMP
+itself, and none ends with a lower reward.  An upper agent picks a layer and changes its budget (or the
+precision of what it keeps); a lower one, one policy for all weights, chooses the coefficients;
+differentiable masks give the evidence. The baselines optimise budgets alone (as AMC does), or budgets and
+coefficients, as black boxes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError, unknown_name
+from ..rl.schedules import Schedule
+from ..rl.threads import one_torch_thread
+from ..search import child_seed
+from . import layers as masking
+from .agents import DQN, PPO, Agent, GaussianPPO
+from .autoencoder import GROUP, Autoencoder
+from .compressed import Compressed
+from .differentiable import Evidence, probe
+from .heuristics import check_density, scores
+from .latency import side_by_side
+from .layers import PRUNE, Masks, Prunable
+from .problem import Prices, Problem
+from .statistics import observe
+
+__all__ = ["SEARCHES", "Allocation", "Settings", "features", "search"]
+
+_BUDGET_STEP = 0.3  # nats of score that the upper agent moves a layer by
+_FEATURE_BATCHES = 20
+_RECENT = 5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the learned methods are made of; each part can be left out.
+
+    Attributes:
+        hierarchical: an upper agent picks layers; without it one agent chooses budgets and coefficients at
+            once.
+        differentiable: gradients through the mask train the policy too.
+        autoencoder: its error is a feature of weights and part of a layer's state.
+        curriculum: the density starts this many times as high, and falls to what was asked over the first
+            half of the evaluations; 1 is no curriculum.
+        rate: of the evidence, in deviations of its gradient; falls linearly to a tenth.  When the rewards of
+            late are below LAMP's, it is halved and the evidence goes back to what it was at the best.
+        least_gain: by which the best reward must be above LAMP's for LAMP to be left.  Evaluations differ by
+            chance, and of 60 equally good ones the best looks better by about as much.
+        budget_deviation, coefficient_deviation: how far numbers are varied.
+    """
+
+    hierarchical: bool = True
+    differentiable: bool = True
+    autoencoder: bool = True
+    curriculum: float = 1.0
+    rate: float = 0.2
+    least_gain: float = 0.01
+    budget_deviation: float = 0.1
+    coefficient_deviation: float = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """What a search ends with: the masks of the highest reward, or LAMP's where that is hardly better.
+
+    Attributes:
+        masks: by layer, bool: what stays.
+        states: by layer, uint8: 0 prune, 1 keep, 2 int8.
+        history: one row an evaluation: reward, accuracy, loss, density, kept share of each layer, best so
+            far.
+    """
+
+    masks: Masks
+    states: Masks
+    history: tuple[dict[str, Any], ...]
+
+
+def search(
+    problem: Problem,
+    *,
+    density: float,
+    method: str = "ppo",
+    evaluations: int = 60,
+    seed: int = 0,
+    int8: bool = False,
+    reward: Prices | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
+    fine_tune_steps: int = 20,
+    settings: Settings | None = None,
+) -> Allocation:
+    """Searches for the masks with the highest reward at exactly the asked density.
+
+    ``"ppo"``, ``"dqn"``
+        the upper agent learns by PPO or double deep Q-learning, the lower by PPO and through masks.
+    ``"amc"``
+        per-layer ratios by PPO, the largest weights of each layer (He et al., AMC (2018), whose agent is
+        DDPG).
+    ``"random"``, ``"cem"``
+        random search and the cross-entropy method over budgets and coefficients.
+    ``"random-ratios"``, ``"cem-ratios"``
+        the same over per-layer ratios alone.
+
+    Args:
+        problem: the network and its task; only training and validation splits are read.
+        density: share of weights that stay, or with ``int8`` of the bits.
+        evaluations: how many masks are evaluated on the validation split, LAMP's included.
+        int8: lets layers be kept in 8 bits.
+        reward: prices beside the validation accuracy.
+        log: called with each row of the history.
+        fine_tune_steps: within each evaluation; masks are differentiated in these steps, so with 0 they are
+            not.
+        settings: of the learned methods.
+
+    Raises:
+        ConfigError: unknown method, or a number out of range.
+    """
+    if method not in SEARCHES:
+        raise unknown_name("method", method, SEARCHES)
+    if evaluations < 1 or fine_tune_steps < 0:
+        raise ConfigError(
+            f"evaluations = {evaluations}, fine_tune_steps = {fine_tune_steps}: give at least 1 and 0"
+        )
+    check_density(density)
+    settings = settings or Settings()
+    with one_torch_thread():
+        run = _Run(
+            problem, density, evaluations, seed, int8, reward or Prices(), log, fine_tune_steps, settings
+        )
+        SEARCHES[method](run)
+    return run.result()
+
+
+class _Run:
+    """Evaluations of one search, and what every method needs for them."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        density: float,
+        evaluations: int,
+        seed: int,
+        int8: bool,
+        prices: Prices,
+        log: Callable[[dict[str, Any]], None] | None,
+        steps: int,
+        settings: Settings,
+    ) -> None:
+        self.problem, self.density, self.evaluations = problem, density, evaluations
+        self.seed, self.int8, self.prices, self.log = seed, int8, prices, log
+        self.steps, self.settings = steps, settings
+        layers = problem.layers
+        self.names = [layer.name for layer in layers]
+        self.shapes = [layer.weight.shape for layer in layers]
+        sizes = [layer.weight.numel() for layer in layers]
+        self.sizes = sizes
+        lamp = scores("lamp", layers)
+        tiny = torch.finfo(torch.float32).tiny
+        self.start = torch.cat([lamp[name].flatten().clamp_min(tiny).log() for name in self.names]).float()
+        self.layer_of = torch.repeat_interleave(
+            torch.arange(len(sizes), device=self.start.device), torch.tensor(sizes, device=self.start.device)
+        )
+        self.autoencoder = (
+            Autoencoder(layers, seed=seed) if settings.autoencoder or prices.reconstruction else None
+        )
+        self.history: list[dict[str, Any]] = []
+        self.first: tuple[float, Masks] = (-math.inf, {})
+        self.best = self.first
+        self.least_gain = 0.0
+
+    @property
+    def left(self) -> int:
+        """How many evaluations may still be made."""
+        return self.evaluations - len(self.history)
+
+    def masks(self, score: Tensor, int8: Tensor | None = None, density: float | None = None) -> Masks:
+        """The masks of scores [weights], in which the layers of ``int8`` (bool [layers]) are quantised."""
+        parts = torch.split(score, self.sizes)
+        by_layer = {
+            name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
+        cheap = None
+        if self.int8:
+            which = torch.zeros(len(self.names), dtype=torch.bool) if int8 is None else int8
+            cheap = {
+                name: torch.full(shape, bool(on), device=score.device)
+                for name, shape, on in zip(self.names, self.shapes, which, strict=True)
+            }
+        return self.problem.project(by_layer, self.density if density is None else density, int8=cheap)
+
+    def evaluate(
+        self, masks: Masks, *, counts: bool = True, fresh: bool = False, gradients: bool = False
+    ) -> tuple[float, Tensor | None]:
+        """The reward of masks, and the gain through them.
+
+        Args:
+            counts: they are of the asked density and may be what the search ends with.
+            fresh: other images than in the evaluation before; otherwise the same ones, so that masks are
+                compared on equal terms.
+        """
+        which = len(self.history) if fresh else 0
+        seed = child_seed(self.seed, f"probe {which}")
+        accuracy, loss, gain = self.problem.recall(
+            f"probe {self.steps} {seed} {gradients}",
+            masks,
+            lambda: probe(self.problem, masks, steps=self.steps, seed=seed, gradients=gradients),
+        )
+        self.problem.evaluations += 1
+        total = masking.KEEP_BITS * self.problem.layers.total
+        share = masking.bits(masks) / total
+        value = self.prices.reward(
+            accuracy,
+            density=share,
+            reconstruction=self._reconstruction(masks) if self.prices.reconstruction else 0.0,
+            latency_s=self._latency_s(masks) if self.prices.latency_ms else 0.0,
+        )
+        if not self.history:
+            self.first = value, masks
+        if counts and value > self.best[0]:
+            self.best = value, masks
+        row = {
+            "evaluation": len(self.history),
+            "reward": value,
+            "accuracy": accuracy,
+            "loss": loss,
+            "density": share,
+            "layers": {name: round(part, 6) for name, part in masking.densities(masks).items()},
+            "best": self.best[0] if self.best[1] else None,
+        }
+        self.history.append(row)
+        if self.log is not None:
+            self.log(row)
+        return value, gain
+
+    def result(self) -> Allocation:
+        left = self.best[0] >= self.first[0] + self.least_gain
+        masks = self.best[1] if left else self.first[1]
+        return Allocation(
+            {name: mask != PRUNE for name, mask in masks.items()},
+            {name: mask.to(torch.uint8) for name, mask in masks.items()},
+            tuple(self.history),
+        )
+
+    def _reconstruction(self, masks: Masks) -> float:
+        assert self.autoencoder is not None
+        layout = self.problem.groups.layout
+        errors = [
+            self.autoencoder.error(
+                layer.name, masking.effective(layer.name, layer.weight, masks[layer.name], layout)
+            )
+            for layer in self.problem.layers
+        ]
+        return sum(errors) / len(errors)
+
+    def _latency_s(self, masks: Masks) -> float:
+        network = Compressed.of(self.problem.model, masks, self.problem.groups.layout).eval()
+        return side_by_side({"now": network}, self.problem.images(64)).latency_s["now"]
+
+
+def _learned(run: _Run, agent_class: type[PPO] | type[DQN]) -> None:
+    """The hierarchy: the upper agent moves one layer's budget, the lower one the policy of all weights."""
+    settings, problem = run.settings, run.problem
+    run.least_gain = settings.least_gain
+    known = features(problem, run.autoencoder if settings.autoencoder else None)
+    layers, count = len(run.names), len(known)
+    budgets = torch.zeros(layers)
+    int8 = torch.zeros(layers, dtype=torch.bool)
+    differentiable = settings.differentiable and run.steps > 0
+    evidence = Evidence(known)
+    deviation = torch.full((count,), settings.coefficient_deviation)
+    if not settings.hierarchical:
+        deviation = torch.cat([deviation, torch.full((layers,), settings.budget_deviation)])
+    lower = GaussianPPO(deviation, seed=child_seed(run.seed, "lower"))
+    changes = torch.tensor([-_BUDGET_STEP, 0.0, _BUDGET_STEP, 0.0])  # the fourth changes the precision
+    upper: Agent | None = None
+    curriculum = Schedule(math.log(max(1.0, settings.curriculum)), 0.0, max(1, run.evaluations // 2))
+    rates, halved = Schedule(settings.rate, 0.1 * settings.rate, run.evaluations), 1.0
+    best, best_evidence = -math.inf, evidence.copy()
+    masks = run.masks(run.start)
+    recent: list[float] = []
+    while run.left:
+        trial = len(run.history)
+        proposal, precision = budgets, int8
+        coefficients = torch.zeros(count)
+        if trial:
+            drawn = lower.act()
+            coefficients = drawn[:count]
+            if not settings.hierarchical:
+                proposal = drawn[count:]
+            else:
+                states = _states(run, masks)
+                if upper is None:
+                    start = torch.tensor([0.0, 1.0, 0.0, 0.0])
+                    upper = agent_class(states.shape[2], start, seed=child_seed(run.seed, "upper"))
+                allowed = torch.ones(1, layers, 4, dtype=torch.bool)
+                allowed[:, :, 3] = run.int8
+                row, change = divmod(int(upper.act(states, allowed.flatten(1))), 4)
+                proposal, precision = budgets.clone(), int8.clone()
+                proposal[row] += changes[change]
+                precision[row] ^= change == 3
+        if run.int8 and trial == 1:
+            precision = torch.ones_like(int8)  # as the upper agent could do layer by layer
+        score = run.start + proposal.to(run.start)[run.layer_of] + coefficients.to(known) @ known
+        wanted = min(1.0, run.density * math.exp(curriculum.at(trial) if trial else 0.0))
+        masks = run.masks(score + evidence.scores, precision, wanted)
+        value, gain = run.evaluate(masks, counts=wanted == run.density, fresh=True, gradients=differentiable)
+        if trial:
+            lower.learn(value)
+            if upper is not None:
+                upper.learn(value)
+                # A change stays if the reward is not below that of late.
+                if not recent or value >= float(np.mean(recent)):
+                    budgets, int8 = proposal, precision
+        recent = [*recent, value][-_RECENT:]
+        if gain is None:
+            continue
+        if wanted == run.density and value > best:
+            best, best_evidence = value, evidence.copy()
+        if len(recent) == _RECENT and float(np.mean(recent)) < run.first[0]:
+            evidence, halved, recent = best_evidence.copy(), halved / 2, []
+        else:
+            evidence.add(gain, halved * rates.at(trial))
+
+
+def _states(run: _Run, masks: Masks) -> Tensor:
+    """What the upper agent sees: the document's state of every layer, float32 [1, layers, F]."""
+    seen = observe(
+        run.problem.model,
+        run.problem.layers,
+        masks,
+        run.problem.data,
+        density=run.density,
+        autoencoder=run.autoencoder if run.settings.autoencoder else None,
+        layout=run.problem.groups.layout,
+    )
+    return torch.stack([seen[name].vector() for name in run.names])[None]
+
+
+class _Sampler(Protocol):
+    def act(self) -> Tensor: ...
+
+    def learn(self, reward: float) -> None: ...
+
+
+class _Random:
+    """Independent draws."""
+
+    def __init__(self, deviation: Tensor, *, seed: int) -> None:
+        self._deviation = deviation
+        self._chance = torch.Generator().manual_seed(seed)
+
+    def act(self) -> Tensor:
+        return self._deviation * torch.randn(len(self._deviation), generator=self._chance)
+
+    def learn(self, reward: float) -> None:
+        pass
+
+
+class _CrossEntropy:
+    """Rubinstein's cross-entropy method (1999) with normal distributions: the best of each population."""
+
+    def __init__(
+        self, deviation: Tensor, *, seed: int, population: int = 12, elite: int = 4, smoothing: float = 0.7
+    ) -> None:
+        self._mean, self._deviation = torch.zeros_like(deviation), deviation.clone()
+        self._chance = torch.Generator().manual_seed(seed)
+        self._population, self._elite, self._smoothing = population, elite, smoothing
+        self._drawn: list[Tensor] = []
+        self._rewards: list[float] = []
+
+    def act(self) -> Tensor:
+        noise = torch.randn(len(self._mean), generator=self._chance)
+        self._drawn.append(self._mean + self._deviation * noise)
+        return self._drawn[-1]
+
+    def learn(self, reward: float) -> None:
+        self._rewards.append(reward)
+        if len(self._rewards) < self._population:
+            return
+        best = torch.tensor(self._rewards).topk(self._elite).indices
+        chosen = torch.stack(self._drawn)[best]
+        self._mean = torch.lerp(self._mean, chosen.mean(0), self._smoothing)
+        self._deviation = torch.lerp(self._deviation, chosen.std(0), self._smoothing)
+        self._drawn, self._rewards = [], []
+
+
+# How far black boxes vary a number: the best of 0.1, 0.3 and 1 on development seeds.
+_WIDTH = 0.3
+
+
+def _black_box(run: _Run, make: Callable[..., _Sampler], *, ratios: bool) -> None:
+    """Optimises budgets, and without ``ratios`` coefficients too, by their rewards alone."""
+    layers = len(run.names)
+    known = None if ratios else features(run.problem, run.autoencoder if run.settings.autoencoder else None)
+    size = layers + (0 if known is None else len(known))
+    sampler = make(torch.full((size,), _WIDTH), seed=child_seed(run.seed, "sampler"))
+    while run.left:
+        numbers = torch.zeros(size) if not run.history else sampler.act()
+        score = run.start + numbers[:layers].to(run.start)[run.layer_of]
+        if known is not None:
+            score = score + numbers[layers:].to(known) @ known
+        first = not run.history
+        all_int8 = torch.ones(layers, dtype=torch.bool) if run.int8 and not first else None
+        value, _ = run.evaluate(run.masks(score, all_int8))
+        if not first:
+            sampler.learn(value)
+
+
+SEARCHES: dict[str, Callable[[_Run], None]] = {
+    "ppo": lambda run: _learned(run, PPO),
+    "dqn": lambda run: _learned(run, DQN),
+    "amc": lambda run: _black_box(run, GaussianPPO, ratios=True),
+    "random": lambda run: _black_box(run, _Random, ratios=False),
+    "cem": lambda run: _black_box(run, _CrossEntropy, ratios=False),
+    "random-ratios": lambda run: _black_box(run, _Random, ratios=True),
+    "cem-ratios": lambda run: _black_box(run, _CrossEntropy, ratios=True),
+}
+
+
+def features(problem: Problem, autoencoder: Autoencoder | None = None) -> Tensor:
+    """What the policy sees of each weight, standardised over all of them: float32 [K, weights].
+
+    The logarithms of: its size; its squared gradient (Fisher information, mean over 20 batches of the trained
+    network); the deviation of its input; the mean square of its row and of its column, which say whether a
+    unit dies; the error with which the autoencoder gives its group back.  And its layer's place.
+    """
+    layers = problem.layers
+    squares, deviations = _gradients(problem, layers)
+    rows = []
+    for place, layer in enumerate(layers):
+        weight = layer.weight.float()
+        matrix = weight.reshape(len(weight), -1)
+        inputs = deviations[layer.name]
+        spread = inputs.repeat_interleave(matrix.shape[1] // len(inputs))
+        known = [
+            matrix.abs(),
+            squares[layer.name].reshape(matrix.shape).sqrt(),
+            spread.expand_as(matrix),
+            matrix.square().mean(1, keepdim=True).sqrt().expand_as(matrix),
+            matrix.square().mean(0, keepdim=True).sqrt().expand_as(matrix),
+        ]
+        if autoencoder is not None:
+            errors = autoencoder.errors(layer.name, layer.weight).view(len(matrix), -1)
+            known.append(errors.sqrt().repeat_interleave(GROUP, dim=1)[:, : matrix.shape[1]])
+        logs = [(part / part.mean().clamp_min(1e-20)).clamp_min(1e-4).log().flatten() for part in known]
+        rows.append(torch.stack([*logs, torch.full_like(logs[0], place / max(1, len(layers) - 1))]))
+    found = torch.cat(rows, dim=1)
+    spread = found.std(dim=1, correction=0, keepdim=True)
+    return (found - found.mean(dim=1, keepdim=True)) / spread.clamp_min(1e-6)
+
+
+def _gradients(problem: Problem, layers: Prunable) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Mean squared gradients of the weights, and deviations of each input feature or channel."""
+    data, size = problem.data, problem.recipe.batch_size
+    weights = {layer.name: layer.module.weight for layer in layers}
+    squares = {name: torch.zeros_like(weight.detach()) for name, weight in weights.items()}
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            x = given[0].detach()
+            x = (
+                x.reshape(-1, x.shape[-1])
+                if isinstance(module, nn.Linear)
+                else x.transpose(0, 1).flatten(1).T
+            )
+            inputs[name] = x.std(dim=0, correction=0)
+
+        return hook
+
+    handles = [layer.module.register_forward_pre_hook(keep(layer.name)) for layer in layers]
+    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(problem.seed))
+    wanted = [weight.requires_grad for weight in weights.values()]
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        for batch in range(_FEATURE_BATCHES):
+            picked = order[batch * size : (batch + 1) * size].to(problem.device)
+            if not len(picked):
+                break
+            with torch.enable_grad():
+                loss = F.cross_entropy(problem.model(data.normalise(data.x[picked])).float(), data.y[picked])
+            for square, gradient in zip(
+                squares.values(), torch.autograd.grad(loss, list(weights.values())), strict=True
+            ):
+                square.addcmul_(gradient, gradient)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for weight, before in zip(weights.values(), wanted, strict=True):
+            weight.requires_grad_(before)
+    return squares, inputs
