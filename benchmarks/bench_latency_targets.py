@@ -41,6 +41,7 @@ from rlnas_fast.search import (
     goals,
     hypervolume,
     loop,
+    pareto,
     run_search,
 )
 from rlnas_fast.search.rewards import PointwiseReward
@@ -143,8 +144,7 @@ FRONT_METHODS: dict[str, tuple[Callable[..., Strategy], Callable[[], Reward], in
 
 
 SHARED = (
-    loop.run_search, moves, novelty, cell_201, serial, goals.feasible_first, goals.Adaptive,
-    goals.MultiObjective, goals.Archive, goals.scale, Column, Look, columns, trials_of, deb,
+    loop.run_search, moves, novelty, cell_201, serial, goals, pareto, Column, Look, columns, trials_of, deb,
 )  # fmt: skip
 CODE: dict[str, tuple[ModuleType | Callable[..., object], ...]] = {
     "composite": (composite, surrogates.most_likely, surrogates.hamming_kernel, *SHARED),

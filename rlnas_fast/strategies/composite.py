@@ -55,7 +55,7 @@ class Composite:
         seed: int,
         allow_repeats: bool = False,
         initial: int = 10,
-        incumbents: int = 10,
+        incumbents: int = 20,
         proposals: int = 50,
         draws: int = 64,
         memory: int = 600,
@@ -78,6 +78,7 @@ class Composite:
         self._trials: list[Trial] = []
         self._around: dict[str, list[Architecture]] = {}
         self._hyper: dict[str, tuple[int, float, float]] = {}
+        self._models: dict[str, _Model] = {}
 
     @one_blas_thread()
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
@@ -116,7 +117,7 @@ class Composite:
             return self._novelty.unseen(count)
         beliefs = [_Belief.of(model, self._one_hot(new)) for model in models]
         noise = self._rng.standard_normal((self._draws, len(models)))
-        best = float(scores.max())
+        best = float(scores.max()) if goal.reached is None else goal.reached
         chosen: list[Architecture] = []
         left = np.ones(len(new), dtype=bool)
         while len(chosen) < count and left.any():
@@ -136,6 +137,10 @@ class Composite:
                 chosen.append(new[index])
                 for belief in beliefs:
                     belief.believe(index)
+                if goal.after is not None:
+                    goal = goal.after(
+                        np.array([m.restore(b.mean[index]) for m, b in zip(models, beliefs, strict=True)])
+                    )
         return chosen + self._novelty.unseen(count - len(chosen))
 
     def _candidates(self, best: Sequence[Trial]) -> list[Architecture]:
@@ -163,7 +168,10 @@ class Composite:
         if len(values) >= REFIT_GROWTH * fitted_at:
             length, noise = most_likely(self._choices(seen[-FIT_ON:]), targets[-FIT_ON:])
             self._hyper[name] = (len(values), length, noise)
-        return _Model.of(seen, targets, length * len(self._sizes), noise, lowest, logarithmic)
+        before = self._models.get(name)
+        model = _Model.of(seen, targets, length * len(self._sizes), noise, lowest, logarithmic, before)
+        self._models[name] = model
+        return model
 
     def _choices(self, one_hot: np.ndarray) -> np.ndarray:
         """Int [rows, decisions]; -1 for a decision that was not reached."""
@@ -189,8 +197,8 @@ class _Model:
         lowest: values below count as this.
         logarithmic: it predicts the logarithm.
         mean, scale: of the prior, the most likely ones.
-        inverse: float [n, n], of the kernel matrix with noise.
-        weights: float [n], inverse @ (targets - mean).
+        root: float [n, n], lower triangular: root.T @ root is the inverse of the kernel matrix with noise.
+        weights: float [n], that inverse @ (targets - mean).
         believed: float [n], its own mean at what it has seen.
     """
 
@@ -201,23 +209,36 @@ class _Model:
     logarithmic: bool
     mean: float
     scale: float
-    inverse: np.ndarray
+    root: np.ndarray
     weights: np.ndarray
     believed: np.ndarray
 
     @staticmethod
     def of(
-        seen: np.ndarray, targets: np.ndarray, length: float, noise: float, lowest: float, logarithmic: bool
+        seen: np.ndarray,
+        targets: np.ndarray,
+        length: float,
+        noise: float,
+        lowest: float,
+        logarithmic: bool,
+        before: _Model | None = None,
     ) -> _Model:
-        """Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), eq. 2.23-2.26."""
-        kernel = _kernel(seen, seen, length)
-        inverse = np.linalg.inv(kernel + noise * np.eye(len(kernel)))
-        sums = inverse.sum(axis=0)
-        mean = float(sums @ targets / sums.sum())
-        weights = inverse @ (targets - mean)
+        """The model of ``targets``; sooner done where ``before`` has seen all but the last of it.
+
+        Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), eq. 2.23-2.26.
+        """
+        root = np.empty((0, 0))
+        if before is not None and (before.length, before.noise) == (length, noise):
+            known = len(before.seen)
+            if known <= len(seen) and np.array_equal(before.seen, seen[:known]):
+                root = before.root
+        root = _extended(root, seen, length, noise)
+        ones, rotated = root.sum(axis=1), root @ targets
+        mean = float(ones @ rotated / (ones @ ones))
+        weights = (rotated - mean * ones) @ root
         scale = max(float((targets - mean) @ weights) / len(targets), 1e-12)
-        believed = mean + kernel @ weights
-        return _Model(seen, length, noise, lowest, logarithmic, mean, scale, inverse, weights, believed)
+        believed = targets - noise * weights  # mean + kernel @ weights
+        return _Model(seen, length, noise, lowest, logarithmic, mean, scale, root, weights, believed)
 
     def restore(self, targets: np.ndarray) -> np.ndarray:
         """The number whose logarithm, where it is one, is in ``targets``."""
@@ -230,23 +251,22 @@ class _Belief:
 
     Attributes:
         features: float [m, F], one-hot.
-        kernel, solved: float [m, n], with what the model has seen, and that @ its inverse.
+        shared: float [m, n], the kernel with what the model has seen, @ the model's root.T.
         mean, variance: float [m]; the variance is relative to the model's scale.
     """
 
     model: _Model
     features: np.ndarray
-    kernel: np.ndarray
-    solved: np.ndarray
+    shared: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
 
     @staticmethod
     def of(model: _Model, features: np.ndarray) -> _Belief:
         kernel = _kernel(features, model.seen, model.length)
-        solved = kernel @ model.inverse
-        variance = np.maximum(1.0 - np.einsum("ij,ij->i", solved, kernel), 1e-9)
-        return _Belief(model, features, kernel, solved, model.mean + kernel @ model.weights, variance)
+        shared = kernel @ model.root.T
+        variance = np.maximum(1.0 - np.einsum("ij,ij->i", shared, shared), 1e-9)
+        return _Belief(model, features, shared, model.mean + kernel @ model.weights, variance)
 
     def deviation(self) -> np.ndarray:
         return np.asarray(np.sqrt(self.model.scale * self.variance))
@@ -254,9 +274,23 @@ class _Belief:
     def believe(self, index: int) -> None:
         """Conditions on the prediction for candidate ``index``: the mean stays, the variance shrinks."""
         own = _kernel(self.features, self.features[index : index + 1], self.model.length)[:, 0]
-        shared = own - self.solved @ self.kernel[index]
-        explained = shared**2 / (self.variance[index] + self.model.noise)
+        explained = (own - self.shared @ self.shared[index]) ** 2 / (self.variance[index] + self.model.noise)
         self.variance = np.maximum(self.variance - explained, 1e-9)
+
+
+def _extended(root: np.ndarray, seen: np.ndarray, length: float, noise: float) -> np.ndarray:
+    """The inverse Cholesky factor of ``seen``'s kernel matrix with noise, from that of its first rows.
+
+    O(n^2) a new row.  The factor, not the inverse, because errors in the inverse grow with every extension.
+    """
+    known, new = seen[: len(root)], seen[len(root) :]
+    if not len(new):
+        return root
+    shared = root @ _kernel(known, new, length)
+    own = _kernel(new, new, length) + noise * np.eye(len(new))
+    corner = np.linalg.inv(np.linalg.cholesky(own - shared.T @ shared))
+    side = -corner @ shared.T @ root
+    return np.block([[root, np.zeros((len(known), len(new)))], [side, corner]])
 
 
 def _kernel(one: np.ndarray, other: np.ndarray, length: float) -> np.ndarray:
