@@ -256,6 +256,7 @@ class MultiObjective:
         if not len(archive.front):
             return context
         low, high = archive.corners(archive.front)
+        low = 2 * low - high  # further down than the worst seen: else what extends a front gains nothing
         signs = _signs(self.objectives)
         weights = self._weights(before)
         exact = self._seed is None and len(self.objectives) == 2
@@ -373,7 +374,7 @@ def _signs(objectives: Sequence[str]) -> np.ndarray:
 
 
 def _added_area(front: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """How much area above 0 a point adds to ``front`` [members, 2]; a little below 0 where it is dominated."""
+    """How much area a point adds to ``front`` [members, 2] above 0; a little below 0 where dominated."""
     front = front[pareto_front(front)]
     front = front[np.argsort(front[:, 0])]
     edges = [0.0, *front[:, 0], math.inf]
