@@ -143,7 +143,7 @@ FRONT_METHODS: dict[str, tuple[Callable[..., Strategy], Callable[[], Reward], in
 }
 
 
-SHARED = (loop.run_search, moves, novelty, cell_201, serial, Column, Look, columns, trials_of)
+SHARED = (loop, moves, novelty, cell_201, serial, Column, Look, columns, trials_of)
 CODE: dict[str, tuple[ModuleType | Callable[..., object], ...]] = {
     "composite": (composite, surrogates.most_likely, surrogates.hamming_kernel, *SHARED),
     "evolution": (evolution, *SHARED),

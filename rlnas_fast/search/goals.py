@@ -330,7 +330,7 @@ class Archive:
     def points(self, measurements: Sequence[Measurement]) -> np.ndarray:
         """Float [measurements, objectives], maximised."""
         values = np.array([[_number(m, name) for name in self.objectives] for m in measurements])
-        return values.reshape(-1, len(self.objectives)) * _signs(self.objectives)
+        return np.asarray(values.reshape(-1, len(self.objectives)) * _signs(self.objectives))
 
     def corners(self, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Worst and best of each objective seen, ``more`` included."""

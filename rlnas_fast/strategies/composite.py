@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ConfigError
-from ..rl.surrogates import most_likely
+from ..rl.surrogates import hamming_kernel, most_likely
 from ..rl.threads import one_blas_thread
 from ..search import MAXIMISED, Architecture, Goal, SearchContext, SearchSpace, Trial, sample_uniform
-from .moves import neighbours, repair
+from .moves import encode, neighbours, repair
 from .novelty import Novelty
 
 REFIT_GROWTH = 1.5
@@ -69,7 +69,6 @@ class Composite:
         self._rng = np.random.default_rng(seed)
         self._novelty = Novelty(space, self._rng, allow_repeats=allow_repeats)
         self._sizes = [len(decision.choices) for decision in space.decisions]
-        self._offsets = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
         self._initial = initial
         self._incumbents = incumbents
         self._proposals = proposals
@@ -103,7 +102,7 @@ class Composite:
             early = np.argsort(-goal.score(values[:-half]), kind="stable")[: self._memory - half]
             kept = np.concatenate([np.sort(early), np.arange(len(known) - half, len(known))])
             known, values = [known[i] for i in kept], values[kept]
-        seen = self._one_hot([t.architecture for t in known])
+        seen = encode(self._space, [t.architecture for t in known])
         models = [self._model(name, seen, values[:, j]) for j, name in enumerate(goal.numbers)]
         smooth = values.copy()
         for j, model in enumerate(models):
@@ -115,7 +114,7 @@ class Composite:
         new = self._candidates([known[i] for i in order])
         if not new:
             return self._novelty.unseen(count)
-        beliefs = [_Belief.of(model, self._one_hot(new)) for model in models]
+        beliefs = [_Belief.of(model, encode(self._space, new)) for model in models]
         noise = self._rng.standard_normal((self._draws, len(models)))
         best = float(scores.max()) if goal.reached is None else goal.reached
         chosen: list[Architecture] = []
@@ -166,24 +165,12 @@ class Composite:
         lowest = -np.inf if logarithmic else 2 * float(np.median(values)) - float(values.max())
         targets = np.log(np.maximum(values, 1e-30)) if logarithmic else np.maximum(values, lowest)
         if len(values) >= REFIT_GROWTH * fitted_at:
-            length, noise = most_likely(self._choices(seen[-FIT_ON:]), targets[-FIT_ON:])
+            length, noise = most_likely(seen[-FIT_ON:], targets[-FIT_ON:])
             self._hyper[name] = (len(values), length, noise)
         before = self._models.get(name)
-        model = _Model.of(seen, targets, length * len(self._sizes), noise, lowest, logarithmic, before)
+        model = _Model.of(seen, targets, length, noise, lowest, logarithmic, before)
         self._models[name] = model
         return model
-
-    def _choices(self, one_hot: np.ndarray) -> np.ndarray:
-        """Int [rows, decisions]; -1 for a decision that was not reached."""
-        blocks = np.split(one_hot, self._offsets[1:], axis=1)
-        return np.stack([np.where(b.any(axis=1), b.argmax(axis=1), -1) for b in blocks], axis=1)
-
-    def _one_hot(self, architectures: Sequence[Architecture]) -> np.ndarray:
-        """Float [architectures, choices of all decisions]; zeros where a decision was not reached."""
-        rows = np.zeros((len(architectures), sum(self._sizes)))
-        for row, architecture in zip(rows, architectures, strict=True):
-            row[self._offsets[: len(architecture.choices)] + np.array(architecture.choices, dtype=int)] = 1.0
-        return rows
 
 
 @dataclass(frozen=True)
@@ -191,8 +178,8 @@ class _Model:
     """A Gaussian process of one number, with what it has seen of n trials.
 
     Attributes:
-        seen: float [n, F], one-hot.
-        length: of the kernel, in decisions.
+        seen: int [n, T], choices.
+        length: of the kernel, in fractions of the decisions.
         noise: variance of the noise, relative to ``scale``.
         lowest: values below count as this.
         logarithmic: it predicts the logarithm.
@@ -250,30 +237,30 @@ class _Belief:
     """What a model says of m candidates, and of those among them that it takes its own word for.
 
     Attributes:
-        features: float [m, F], one-hot.
+        choices: int [m, T].
         shared: float [m, n], the kernel with what the model has seen, @ the model's root.T.
         mean, variance: float [m]; the variance is relative to the model's scale.
     """
 
     model: _Model
-    features: np.ndarray
+    choices: np.ndarray
     shared: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
 
     @staticmethod
-    def of(model: _Model, features: np.ndarray) -> _Belief:
-        kernel = _kernel(features, model.seen, model.length)
+    def of(model: _Model, choices: np.ndarray) -> _Belief:
+        kernel = hamming_kernel(choices, model.seen, model.length)
         shared = kernel @ model.root.T
         variance = np.maximum(1.0 - np.einsum("ij,ij->i", shared, shared), 1e-9)
-        return _Belief(model, features, shared, model.mean + kernel @ model.weights, variance)
+        return _Belief(model, choices, shared, model.mean + kernel @ model.weights, variance)
 
     def deviation(self) -> np.ndarray:
         return np.asarray(np.sqrt(self.model.scale * self.variance))
 
     def believe(self, index: int) -> None:
         """Conditions on the prediction for candidate ``index``: the mean stays, the variance shrinks."""
-        own = _kernel(self.features, self.features[index : index + 1], self.model.length)[:, 0]
+        own = hamming_kernel(self.choices, self.choices[index : index + 1], self.model.length)[:, 0]
         explained = (own - self.shared @ self.shared[index]) ** 2 / (self.variance[index] + self.model.noise)
         self.variance = np.maximum(self.variance - explained, 1e-9)
 
@@ -286,17 +273,11 @@ def _extended(root: np.ndarray, seen: np.ndarray, length: float, noise: float) -
     known, new = seen[: len(root)], seen[len(root) :]
     if not len(new):
         return root
-    shared = root @ _kernel(known, new, length)
-    own = _kernel(new, new, length) + noise * np.eye(len(new))
+    shared = root @ hamming_kernel(known, new, length)
+    own = hamming_kernel(new, new, length) + noise * np.eye(len(new))
     corner = np.linalg.inv(np.linalg.cholesky(own - shared.T @ shared))
     side = -corner @ shared.T @ root
     return np.block([[root, np.zeros((len(known), len(new)))], [side, corner]])
-
-
-def _kernel(one: np.ndarray, other: np.ndarray, length: float) -> np.ndarray:
-    """exp(-decisions that differ / length) of one-hot rows; what neither has reached is equal in both."""
-    reached = np.maximum(one.sum(axis=1)[:, None], other.sum(axis=1)[None, :])
-    return np.asarray(np.exp((one @ other.T - reached) / length))
 
 
 def _number(trial: Trial, name: str) -> float | None:

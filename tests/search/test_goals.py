@@ -163,11 +163,15 @@ def test_the_goal_of_a_front_of_two_is_the_volume_gained(seed: int) -> None:
     archive = Archive(("accuracy", "latency_s"))
     archive.add(trials)
     low, high = archive.corners(archive.front)
-    inside = np.random.default_rng(seed).uniform(low, high, (20, 2))  # these stretch the box no further
-    numbers = inside * [1.0, -1.0]
-    gained = reward([measured(a, c) for a, c in numbers], trials)
-    np.testing.assert_allclose(goal.score(numbers).clip(0), np.clip(gained, 0, None), atol=1e-12)
-    assert (goal.score(numbers)[np.array(gained) < 0] < 0).all()
+    numbers = np.random.default_rng(seed).uniform(low, high, (20, 2)) * [1.0, -1.0]
+    points = archive.scaled(archive.points([measured(a, c) for a, c in numbers]))
+    front = archive.scaled(archive.front)
+    corner = (-1.0, -1.0)  # as far below the worst seen as that is below the best
+    gained = np.array(
+        [hypervolume(np.vstack([front, p]), corner) - hypervolume(front, corner) for p in points]
+    )
+    np.testing.assert_allclose(goal.score(numbers).clip(0), gained / 4, rtol=0, atol=1e-12)
+    assert (goal.score(numbers)[gained == 0] <= 0).all()
     best = int(np.argmax(gained))
     assert goal.after(numbers[best]).score(numbers[best]) <= 1e-12
 
