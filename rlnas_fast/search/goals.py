@@ -256,7 +256,10 @@ class MultiObjective:
         if not len(archive.front):
             return context
         low, high = archive.corners(archive.front)
-        low = 2 * low - high  # further down than the worst seen: else what extends a front gains nothing
+        if (
+            self._seed is None
+        ):  # from further down than the worst seen: else what extends a front gains nothing
+            low = 2 * low - high
         signs = _signs(self.objectives)
         weights = self._weights(before)
         exact = self._seed is None and len(self.objectives) == 2

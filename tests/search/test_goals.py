@@ -146,6 +146,15 @@ def test_the_goal_of_a_limited_reward_knows_both() -> None:
     assert slow < -1
 
 
+def test_a_limited_front_keeps_its_goal() -> None:
+    reward = limited(hypervolume_gain(), {"parameters": 10.0})
+    goal = reward.conditioned(SearchContext(), log_of(drawn(12))).goal  # type: ignore[attr-defined]
+    ideal, big = np.array([1.0, 1e-3, 5.0]), np.array([1.0, 1e-3, 20.0])
+    assert goal.score(ideal) > goal.reached == 0.0
+    assert goal.score(big) == pytest.approx(goal.score(ideal) - 0.5)
+    assert goal.after(ideal).score(ideal) == pytest.approx(0.0)
+
+
 def test_a_gain_is_the_volume_added_and_a_dominated_child_says_how_far_it_is() -> None:
     before = log_of([measured(0.0, 1.0), measured(1.0, 3.0), measured(0.5, 2.0)])
     # scaled to the box: (0, 1), (1, 0), (.5, .5); volume .25
