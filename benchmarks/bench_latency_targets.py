@@ -41,6 +41,7 @@ from rlnas_fast.search import (
     goals,
     hypervolume,
     loop,
+    pareto,
     run_search,
 )
 from rlnas_fast.search.rewards import PointwiseReward
@@ -142,10 +143,7 @@ FRONT_METHODS: dict[str, tuple[Callable[..., Strategy], Callable[[], Reward], in
 }
 
 
-SHARED = (
-    loop.run_search, moves, novelty, cell_201, serial, goals.feasible_first, goals.Adaptive,
-    goals.MultiObjective, goals.Archive, goals.scale, Column, Look, columns, trials_of, deb,
-)  # fmt: skip
+SHARED = (loop, moves, novelty, cell_201, serial, Column, Look, columns, trials_of)
 CODE: dict[str, tuple[ModuleType | Callable[..., object], ...]] = {
     "composite": (composite, surrogates.most_likely, surrogates.hamming_kernel, *SHARED),
     "evolution": (evolution, *SHARED),
@@ -153,6 +151,8 @@ CODE: dict[str, tuple[ModuleType | Callable[..., object], ...]] = {
     "reinforce": (reinforce, policies, *SHARED),
     "ppo": (ppo, policies, *SHARED),
 }
+TARGET_CODE = (goals.feasible_first, goals.Adaptive, goals.excess, deb)
+FRONT_CODE = (goals.MultiObjective, goals.Archive, goals.scale, goals._added_area, pareto)
 
 
 def meet(
@@ -217,13 +217,13 @@ def target_rows(column: Column, percentile: float, seeds: int, others: bool) -> 
 def target_cell(column: Column, method: str, percentile: float, seeds: int) -> np.ndarray:
     compute = functools.partial(meet, column, method, percentile, EVALUATIONS)
     name = f"{column.name} {percentile} {TARGET_METHODS[method][::2]}, {EVALUATIONS}"
-    return in_pieces(name, (*CODE[method], meet), compute, seeds)
+    return in_pieces(name, (*CODE[method], *TARGET_CODE, meet), compute, seeds)
 
 
 def front_cell(column: Column, method: str, seeds: int) -> np.ndarray:
     compute = functools.partial(front, column, method, FRONT_EVALUATIONS)
     name = f"{column.name} {FRONT_METHODS[method][::2]}, {FRONT_EVALUATIONS}"
-    return in_pieces(name, (*CODE[method], front, volume), compute, seeds)
+    return in_pieces(name, (*CODE[method], *FRONT_CODE, front, volume), compute, seeds)
 
 
 def in_pieces(

@@ -44,7 +44,11 @@ def measure_network(
 
 
 def _load(network: str) -> tuple[nn.Module, tuple[int, ...] | None]:
-    if Path(network).is_dir() or ":" not in network:
+    if not Path(network).is_dir() and ":" not in network:
+        raise ConfigError(
+            f"{network} is no run folder; name one, or write module:attribute for a network of your own"
+        )
+    if Path(network).is_dir():
         module = load_child(network).to(memory_format=torch.channels_last)
         torch.set_num_threads(saved_config(Path(network)).threads)  # both as the search measured it
         return module, tuple(read_best(Path(network))["task_spec"]["input_shape"])

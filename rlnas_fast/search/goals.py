@@ -8,7 +8,7 @@ strategies that predict the numbers themselves and so never learn from a reward 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -251,22 +251,33 @@ class MultiObjective:
         return rewards
 
     def conditioned(self, context: SearchContext, before: Sequence[Trial]) -> SearchContext:
-        """``context`` with the goal of the next batch: what a point adds, seen along random directions."""
+        """``context`` with the goal of the next batch: what a point adds to the front so far."""
         archive = self._after(before)
         if not len(archive.front):
             return context
         low, high = archive.corners(archive.front)
-        weights = self._weights(before)
-        power = len(self.objectives)
-        best = _achievement(scale(archive.front, low, high), weights).max(axis=0)
+        if (
+            self._seed is None
+        ):  # from further down than the worst seen: else what extends a front gains nothing
+            low = 2 * low - high
         signs = _signs(self.objectives)
+        weights = self._weights(before)
+        exact = self._seed is None and len(self.objectives) == 2
 
-        def score(values: np.ndarray) -> np.ndarray:
-            reached = _achievement(scale(_mapped(values, signs), low, high), weights)
-            more = np.maximum(reached, best) ** power - best**power
-            return np.asarray(more.mean(axis=-1) + 1e-3 * (reached - best).mean(axis=-1))
+        def beyond(front: np.ndarray) -> Goal:
+            added = _added_area(front) if exact else _added_along(front, weights)
 
-        return replace(context, goal=Goal(self.objectives, score))
+            def scaled(values: np.ndarray) -> np.ndarray:
+                return scale(values * signs, low, high)
+
+            return Goal(
+                self.objectives,
+                lambda values: added(scaled(values)),
+                reached=0.0,
+                after=lambda values: beyond(np.vstack([front, scaled(values)])),
+            )
+
+        return replace(context, goal=beyond(scale(archive.front, low, high)))
 
     def _weights(self, before: Sequence[Trial]) -> np.ndarray:
         """Directions in the positive orthant, of length 1: float [directions, objectives]."""
@@ -282,10 +293,10 @@ class MultiObjective:
 
 
 class Archive:
-    """The front of the trials so far, kept as they come.  Costs count by their logarithm.
+    """The front of the trials so far, kept as they come.
 
     Attributes:
-        front: float [members, objectives], maximised: accuracies as they are, minus the logarithm of costs.
+        front: float [members, objectives], maximised: accuracies, and costs with a minus sign.
         members: the trials on it.
         seen: how many trials were added.
     """
@@ -322,7 +333,7 @@ class Archive:
     def points(self, measurements: Sequence[Measurement]) -> np.ndarray:
         """Float [measurements, objectives], maximised."""
         values = np.array([[_number(m, name) for name in self.objectives] for m in measurements])
-        return _mapped(values.reshape(-1, len(self.objectives)), _signs(self.objectives))
+        return np.asarray(values.reshape(-1, len(self.objectives)) * _signs(self.objectives))
 
     def corners(self, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Worst and best of each objective seen, ``more`` included."""
@@ -361,12 +372,40 @@ def scale(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(span > 0, (points - low) / np.where(span > 0, span, 1.0), 1.0))
 
 
-def _mapped(values: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    return np.asarray(np.where(signs > 0, values, -np.log(np.maximum(values, 1e-30))))
-
-
 def _signs(objectives: Sequence[str]) -> np.ndarray:
     return np.array([1.0 if name in MAXIMISED else -1.0 for name in objectives])
+
+
+def _added_area(front: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """How much area a point adds to ``front`` [members, 2] above 0; a little below 0 where dominated."""
+    front = front[pareto_front(front)]
+    front = front[np.argsort(front[:, 0])]
+    edges = [0.0, *front[:, 0], math.inf]
+    heights = [*front[:, 1], 0.0]
+
+    def added(points: np.ndarray) -> np.ndarray:
+        x, y = points[..., 0], points[..., 1]
+        area, behind = np.zeros(x.shape), np.zeros(x.shape)
+        for left, right, height in zip(edges, edges[1:], heights, strict=False):
+            area += (np.minimum(x, right) - left).clip(min=0.0) * (y - height).clip(min=0.0)
+        for one, other in front:
+            np.maximum(behind, np.minimum(one - x, other - y), out=behind)
+        return np.asarray(area - 1e-3 * behind)
+
+    return added
+
+
+def _added_along(front: np.ndarray, weights: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The same in any number of dimensions, up to a factor: a mean over directions ``weights``."""
+    power = front.shape[1]
+    best = _achievement(front, weights).max(axis=0)
+
+    def added(points: np.ndarray) -> np.ndarray:
+        reached = _achievement(points, weights)
+        more = np.maximum(reached, best) ** power - best**power
+        return np.asarray((more + 1e-3 * np.minimum(reached - best, 0.0)).mean(axis=-1))
+
+    return added
 
 
 def _achievement(points: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -79,34 +79,25 @@ def run_search(
     Raises:
         ReplayMismatch: the strategy proposed something else than the log says.
     """
-    identity = evaluator.identity()
-
-    def prepare(architecture: Architecture, batch: int) -> _Child:
-        validate(space, architecture)
-        key = space.canonical_key(architecture)
-        request = Request(architecture, budget, child_seed(seed, key))
-        stored = measurement_key(identity, key, budget, request.seed)
-        hopeless = _hopeless(architecture.choices, context.cost_model, limits)
-        return _Child(batch, architecture, key, request, stored, hopeless)
-
+    search = _Search(
+        space, strategy, evaluator, reward, executor, log, trials, batch_size, budget, seed, cache, context,
+        limits, max_seconds, replay, on_measured, on_trials, evaluator.identity(),
+    )  # fmt: skip
     if getattr(strategy, "asynchronous", False):
-        return _run_asynchronously(
-            strategy, evaluator, reward, executor, log, trials, batch_size, cache, context, max_seconds,
-            replay, prepare, on_measured, on_trials,
-        )  # fmt: skip
+        return _run_asynchronously(search)
     done = log.read()
-    _replay(done, space, strategy, reward, context, replay)
+    _replay(search, done)
     batch_number = done[-1].batch + 1 if done else 0
     spent = sum(trial.seconds for trial in done)
     started = time.monotonic()
     while len(done) < trials:
         if max_seconds is not None and spent + time.monotonic() - started >= max_seconds:
             return SearchResult(tuple(done), "seconds")
-        asked = strategy.ask(min(batch_size, trials - len(done)), _conditioned(context, reward, done))
+        asked = strategy.ask(min(batch_size, trials - len(done)), search.conditioned(done))
         if not asked:
             return SearchResult(tuple(done), "space")
-        children = [prepare(architecture, batch_number) for architecture in asked]
-        measured = _evaluate(evaluator, executor, children, cache, on_measured)
+        children = [search.prepare(architecture, batch_number) for architecture in asked]
+        measured = _evaluate(search, children)
         rewards = _rewards([m for m, _, _ in measured], done, reward)
         batch = [
             child.trial(len(done) + i, measurement, value, seconds, cached)
@@ -120,6 +111,48 @@ def run_search(
         batch_number += 1
         on_trials(batch)
     return SearchResult(tuple(done), "trials")
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """What ``run_search`` was given, and the evaluator's identity."""
+
+    space: SearchSpace
+    strategy: Strategy
+    evaluator: Evaluator
+    reward: Reward
+    executor: Executor
+    log: TrialLog
+    trials: int
+    batch_size: int
+    budget: Budget
+    seed: int
+    cache: MeasurementCache | None
+    context: SearchContext
+    limits: Mapping[str, float]
+    max_seconds: float | None
+    replay: bool
+    on_measured: Callable[[int, Measurement, float], None]
+    on_trials: Callable[[Sequence[Trial]], None]
+    identity: Mapping[str, str]
+
+    def prepare(self, architecture: Architecture, batch: int) -> _Child:
+        """The child to evaluate.
+
+        Raises:
+            ConfigError: the space has no such architecture.
+        """
+        validate(self.space, architecture)
+        key = self.space.canonical_key(architecture)
+        request = Request(architecture, self.budget, child_seed(self.seed, key))
+        stored = measurement_key(self.identity, key, self.budget, request.seed)
+        hopeless = _hopeless(architecture.choices, self.context.cost_model, self.limits)
+        return _Child(batch, architecture, key, request, stored, hopeless)
+
+    def conditioned(self, before: Sequence[Trial]) -> SearchContext:
+        """What the strategy may see: with the target and the goal of a reward that has them."""
+        condition = getattr(self.reward, "conditioned", None)
+        return condition(self.context, before) if condition is not None else self.context
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,14 +177,9 @@ class _Child:
         return Trial(number, self.batch, self.architecture, self.key, measurement, reward, seconds, cached)
 
 
-def _evaluate(
-    evaluator: Evaluator,
-    executor: Executor,
-    children: Sequence[_Child],
-    cache: MeasurementCache | None,
-    on_measured: Callable[[int, Measurement, float], None],
-) -> list[tuple[Measurement, float, bool]]:
+def _evaluate(search: _Search, children: Sequence[_Child]) -> list[tuple[Measurement, float, bool]]:
     """(measurement, seconds, cached) of each child; what was measured before is not measured again."""
+    cache, on_measured = search.cache, search.on_measured
     requests, stored = [child.request for child in children], [child.stored for child in children]
     results: dict[int, tuple[Measurement, float, bool]] = {}
     first: dict[str, int] = {}
@@ -164,7 +192,8 @@ def _evaluate(
         else:
             first.setdefault(key, position)
     fresh = list(first.values())
-    for index, measurement, seconds in executor.run(evaluator, [requests[position] for position in fresh]):
+    waiting = [requests[position] for position in fresh]
+    for index, measurement, seconds in search.executor.run(search.evaluator, waiting):
         position = fresh[index]
         results[position] = (measurement, seconds, False)
         if cache is not None and not measurement.transient:
@@ -174,12 +203,6 @@ def _evaluate(
         if position not in results:  # asked twice in one batch: measured once
             results[position] = (results[first[key]][0], 0.0, True)
     return [results[position] for position in range(len(requests))]
-
-
-def _conditioned(context: SearchContext, reward: Reward, before: Sequence[Trial]) -> SearchContext:
-    """What the strategy may see: with the target and the goal of a reward that has them."""
-    condition = getattr(reward, "conditioned", None)
-    return condition(context, before) if condition is not None else context
 
 
 def _hopeless(
@@ -209,41 +232,27 @@ def _rewards(batch: Sequence[Measurement], before: Sequence[Trial], reward: Rewa
     return rewards
 
 
-def _run_asynchronously(
-    strategy: Strategy,
-    evaluator: Evaluator,
-    reward: Reward,
-    executor: Executor,
-    log: TrialLog,
-    trials: int,
-    batch_size: int,
-    cache: MeasurementCache | None,
-    context: SearchContext,
-    max_seconds: float | None,
-    replay: bool,
-    prepare: Callable[[Architecture, int], _Child],
-    on_measured: Callable[[int, Measurement, float], None],
-    on_trials: Callable[[Sequence[Trial]], None],
-) -> SearchResult:
+def _run_asynchronously(search: _Search) -> SearchResult:
     """Keeps ``batch_size`` children in flight: whenever one is told, one more is asked.
 
     Batch 0 is the first ``batch_size`` children; every later child is a batch of its own.  Trials are
     numbered as they finish.  That order decides all that is asked, so replay asks and tells in the order
     of the log; what was in flight when it ended is evaluated again.
     """
-    old = log.read()
+    strategy, cache, trials = search.strategy, search.cache, search.trials
+    old = search.log.read()
     done: list[Trial] = []
     flight: list[_Child] = []
     running: list[_Child] = []
     requests: list[Request] = []
     ready: deque[tuple[_Child, Measurement]] = deque()
-    batch = 0 if replay else 1 + max((trial.batch for trial in old), default=-1)
+    batch = 0 if search.replay else 1 + max((trial.batch for trial in old), default=-1)
 
     def ask(count: int) -> list[_Child]:
         nonlocal batch
         count = min(count, max(trials, len(old)) - len(done) - len(flight))
-        seen = _conditioned(context, reward, done)
-        asked = [prepare(a, batch) for a in strategy.ask(count, seen)] if count > 0 else []
+        seen = search.conditioned(done)
+        asked = [search.prepare(a, batch) for a in strategy.ask(count, seen)] if count > 0 else []
         flight.extend(asked)
         batch += 1
         return asked
@@ -261,36 +270,37 @@ def _run_asynchronously(
             ready.append((child, known))
 
     def out_of_time() -> bool:
-        return max_seconds is not None and spent + time.monotonic() - started >= max_seconds
+        elapsed = spent + time.monotonic() - started
+        return search.max_seconds is not None and elapsed >= search.max_seconds
 
     def finish(child: _Child, measurement: Measurement, seconds: float, cached: bool) -> None:
-        on_measured(0, measurement, seconds)
+        search.on_measured(0, measurement, seconds)
         flight.remove(child)
-        (value,) = _rewards([measurement], done, reward)
+        (value,) = _rewards([measurement], done, search.reward)
         trial = child.trial(len(done), measurement, value, seconds, cached and child.hopeless is None)
-        log.append([trial])
+        search.log.append([trial])
         tell(trial)
-        on_trials([trial])
+        search.on_trials([trial])
         for another in () if out_of_time() else ask(1):
             start(another)
 
-    if replay:
-        ask(batch_size)
+    if search.replay:
+        ask(search.batch_size)
     for trial in old:
-        if replay:
+        if search.replay:
             _take_from(flight, trial)
-            (value,) = _rewards([trial.measurement], done, reward)
+            (value,) = _rewards([trial.measurement], done, search.reward)
             _same(trial, "reward", trial.reward, value)
             tell(trial)
             ask(1)
         else:
-            prepare(trial.architecture, trial.batch)
+            search.prepare(trial.architecture, trial.batch)
             tell(trial)
     spent, started = sum(trial.seconds for trial in old), time.monotonic()
     if len(done) >= trials or out_of_time():
         return SearchResult(tuple(done), "trials" if len(done) >= trials else "seconds")
-    if not replay:
-        ask(batch_size)
+    if not search.replay:
+        ask(search.batch_size)
     for child in flight:
         start(child)
     while flight:
@@ -298,7 +308,7 @@ def _run_asynchronously(
             finish(*ready.popleft(), 0.0, True)
         running[:] = flight
         requests[:] = [child.request for child in flight]
-        for position, measurement, seconds in executor.run(evaluator, requests):
+        for position, measurement, seconds in search.executor.run(search.evaluator, requests):
             child = running[position]
             if cache is not None and not measurement.transient:
                 cache.put(child.stored, measurement)
@@ -320,14 +330,7 @@ def _take_from(flight: list[_Child], trial: Trial) -> None:
     _same(trial, "architecture", trial.architecture, now)
 
 
-def _replay(
-    done: Sequence[Trial],
-    space: SearchSpace,
-    strategy: Strategy,
-    reward: Reward,
-    context: SearchContext,
-    exactly: bool,
-) -> None:
+def _replay(search: _Search, done: Sequence[Trial]) -> None:
     """Brings a fresh strategy to where the log ends, batch by batch."""
     start = 0
     while start < len(done):
@@ -335,17 +338,17 @@ def _replay(
         while end < len(done) and done[end].batch == done[start].batch:
             end += 1
         batch = done[start:end]
-        if exactly:
-            asked = strategy.ask(len(batch), _conditioned(context, reward, done[:start]))
-            again = _rewards([trial.measurement for trial in batch], done[:start], reward)
+        if search.replay:
+            asked = search.strategy.ask(len(batch), search.conditioned(done[:start]))
+            again = _rewards([trial.measurement for trial in batch], done[:start], search.reward)
             for trial, architecture, value in zip(batch, asked, again, strict=False):
                 _same(trial, "architecture", trial.architecture, architecture)
                 _same(trial, "reward", trial.reward, value)
             _same(batch[-1], "batch size", len(batch), len(asked))
         else:
             for trial in batch:
-                validate(space, trial.architecture)
-        strategy.tell(batch)
+                validate(search.space, trial.architecture)
+        search.strategy.tell(batch)
         start = end
 
 

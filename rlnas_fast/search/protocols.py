@@ -32,10 +32,15 @@ class Goal:
     Attributes:
         numbers: names of the numbers it is made of (``Measurement.value``).
         score: float [..., numbers] -> float [...], larger is better.
+        reached: the score that is to be exceeded; None for that of the best trial so far.
+        after: the goal once numbers, float [numbers], were seen that are now only expected; None where
+            they change nothing.
     """
 
     numbers: tuple[str, ...]
     score: Callable[[np.ndarray], np.ndarray]
+    reached: float | None = None
+    after: Callable[[np.ndarray], Goal] | None = None
 
 
 @dataclass(frozen=True)

@@ -229,10 +229,11 @@ class Limited:
         """The context of the reward inside, its goal bounded by the limits, too."""
         condition = getattr(self.reward, "conditioned", None)
         inner: SearchContext = context if condition is None else condition(context, before)
-        goal = inner.goal
-        if goal is None:
-            return inner
+        return inner if inner.goal is None else replace(inner, goal=self._bounded(inner.goal))
+
+    def _bounded(self, goal: Goal) -> Goal:
         count, bounds, weight = len(goal.numbers), np.array(list(self.limits.values())), self.weight
+        after = goal.after
 
         def score(values: np.ndarray) -> np.ndarray:
             share = bounds / np.maximum(values[..., count:], 1e-30)
@@ -240,7 +241,12 @@ class Limited:
                 goal.score(values[..., :count]) - weight * (1.0 - share).clip(min=0.0).sum(axis=-1)
             )
 
-        return replace(inner, goal=Goal((*goal.numbers, *self.limits), score))
+        return Goal(
+            (*goal.numbers, *self.limits),
+            score,
+            goal.reached,
+            None if after is None else lambda values: self._bounded(after(values[:count])),
+        )
 
 
 def summed(parts: Sequence[tuple[float, Reward]]) -> Reward:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ConfigError
-from ..rl.surrogates import most_likely
+from ..rl.surrogates import hamming_kernel, most_likely
 from ..rl.threads import one_blas_thread
 from ..search import MAXIMISED, Architecture, Goal, SearchContext, SearchSpace, Trial, sample_uniform
-from .moves import neighbours, repair
+from .moves import encode, neighbours, repair
 from .novelty import Novelty
 
 REFIT_GROWTH = 1.5
@@ -55,7 +55,7 @@ class Composite:
         seed: int,
         allow_repeats: bool = False,
         initial: int = 10,
-        incumbents: int = 10,
+        incumbents: int = 20,
         proposals: int = 50,
         draws: int = 64,
         memory: int = 600,
@@ -69,7 +69,6 @@ class Composite:
         self._rng = np.random.default_rng(seed)
         self._novelty = Novelty(space, self._rng, allow_repeats=allow_repeats)
         self._sizes = [len(decision.choices) for decision in space.decisions]
-        self._offsets = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
         self._initial = initial
         self._incumbents = incumbents
         self._proposals = proposals
@@ -78,6 +77,7 @@ class Composite:
         self._trials: list[Trial] = []
         self._around: dict[str, list[Architecture]] = {}
         self._hyper: dict[str, tuple[int, float, float]] = {}
+        self._models: dict[str, _Model] = {}
 
     @one_blas_thread()
     def ask(self, count: int, context: SearchContext) -> list[Architecture]:
@@ -102,7 +102,7 @@ class Composite:
             early = np.argsort(-goal.score(values[:-half]), kind="stable")[: self._memory - half]
             kept = np.concatenate([np.sort(early), np.arange(len(known) - half, len(known))])
             known, values = [known[i] for i in kept], values[kept]
-        seen = self._one_hot([t.architecture for t in known])
+        seen = encode(self._space, [t.architecture for t in known])
         models = [self._model(name, seen, values[:, j]) for j, name in enumerate(goal.numbers)]
         smooth = values.copy()
         for j, model in enumerate(models):
@@ -114,9 +114,9 @@ class Composite:
         new = self._candidates([known[i] for i in order])
         if not new:
             return self._novelty.unseen(count)
-        beliefs = [_Belief.of(model, self._one_hot(new)) for model in models]
+        beliefs = [_Belief.of(model, encode(self._space, new)) for model in models]
         noise = self._rng.standard_normal((self._draws, len(models)))
-        best = float(scores.max())
+        best = float(scores.max()) if goal.reached is None else goal.reached
         chosen: list[Architecture] = []
         left = np.ones(len(new), dtype=bool)
         while len(chosen) < count and left.any():
@@ -136,6 +136,10 @@ class Composite:
                 chosen.append(new[index])
                 for belief in beliefs:
                     belief.believe(index)
+                if goal.after is not None:
+                    goal = goal.after(
+                        np.array([m.restore(b.mean[index]) for m, b in zip(models, beliefs, strict=True)])
+                    )
         return chosen + self._novelty.unseen(count - len(chosen))
 
     def _candidates(self, best: Sequence[Trial]) -> list[Architecture]:
@@ -161,21 +165,12 @@ class Composite:
         lowest = -np.inf if logarithmic else 2 * float(np.median(values)) - float(values.max())
         targets = np.log(np.maximum(values, 1e-30)) if logarithmic else np.maximum(values, lowest)
         if len(values) >= REFIT_GROWTH * fitted_at:
-            length, noise = most_likely(self._choices(seen[-FIT_ON:]), targets[-FIT_ON:])
+            length, noise = most_likely(seen[-FIT_ON:], targets[-FIT_ON:])
             self._hyper[name] = (len(values), length, noise)
-        return _Model.of(seen, targets, length * len(self._sizes), noise, lowest, logarithmic)
-
-    def _choices(self, one_hot: np.ndarray) -> np.ndarray:
-        """Int [rows, decisions]; -1 for a decision that was not reached."""
-        blocks = np.split(one_hot, self._offsets[1:], axis=1)
-        return np.stack([np.where(b.any(axis=1), b.argmax(axis=1), -1) for b in blocks], axis=1)
-
-    def _one_hot(self, architectures: Sequence[Architecture]) -> np.ndarray:
-        """Float [architectures, choices of all decisions]; zeros where a decision was not reached."""
-        rows = np.zeros((len(architectures), sum(self._sizes)))
-        for row, architecture in zip(rows, architectures, strict=True):
-            row[self._offsets[: len(architecture.choices)] + np.array(architecture.choices, dtype=int)] = 1.0
-        return rows
+        before = self._models.get(name)
+        model = _Model.of(seen, targets, length, noise, lowest, logarithmic, before)
+        self._models[name] = model
+        return model
 
 
 @dataclass(frozen=True)
@@ -183,14 +178,14 @@ class _Model:
     """A Gaussian process of one number, with what it has seen of n trials.
 
     Attributes:
-        seen: float [n, F], one-hot.
-        length: of the kernel, in decisions.
+        seen: int [n, T], choices.
+        length: of the kernel, in fractions of the decisions.
         noise: variance of the noise, relative to ``scale``.
         lowest: values below count as this.
         logarithmic: it predicts the logarithm.
         mean, scale: of the prior, the most likely ones.
-        inverse: float [n, n], of the kernel matrix with noise.
-        weights: float [n], inverse @ (targets - mean).
+        root: float [n, n], lower triangular: root.T @ root is the inverse of the kernel matrix with noise.
+        weights: float [n], that inverse @ (targets - mean).
         believed: float [n], its own mean at what it has seen.
     """
 
@@ -201,23 +196,36 @@ class _Model:
     logarithmic: bool
     mean: float
     scale: float
-    inverse: np.ndarray
+    root: np.ndarray
     weights: np.ndarray
     believed: np.ndarray
 
     @staticmethod
     def of(
-        seen: np.ndarray, targets: np.ndarray, length: float, noise: float, lowest: float, logarithmic: bool
+        seen: np.ndarray,
+        targets: np.ndarray,
+        length: float,
+        noise: float,
+        lowest: float,
+        logarithmic: bool,
+        before: _Model | None = None,
     ) -> _Model:
-        """Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), eq. 2.23-2.26."""
-        kernel = _kernel(seen, seen, length)
-        inverse = np.linalg.inv(kernel + noise * np.eye(len(kernel)))
-        sums = inverse.sum(axis=0)
-        mean = float(sums @ targets / sums.sum())
-        weights = inverse @ (targets - mean)
+        """The model of ``targets``; sooner done where ``before`` has seen all but the last of it.
+
+        Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), eq. 2.23-2.26.
+        """
+        root = np.empty((0, 0))
+        if before is not None and (before.length, before.noise) == (length, noise):
+            known = len(before.seen)
+            if known <= len(seen) and np.array_equal(before.seen, seen[:known]):
+                root = before.root
+        root = _extended(root, seen, length, noise)
+        ones, rotated = root.sum(axis=1), root @ targets
+        mean = float(ones @ rotated / (ones @ ones))
+        weights = (rotated - mean * ones) @ root
         scale = max(float((targets - mean) @ weights) / len(targets), 1e-12)
-        believed = mean + kernel @ weights
-        return _Model(seen, length, noise, lowest, logarithmic, mean, scale, inverse, weights, believed)
+        believed = targets - noise * weights  # mean + kernel @ weights
+        return _Model(seen, length, noise, lowest, logarithmic, mean, scale, root, weights, believed)
 
     def restore(self, targets: np.ndarray) -> np.ndarray:
         """The number whose logarithm, where it is one, is in ``targets``."""
@@ -229,40 +237,47 @@ class _Belief:
     """What a model says of m candidates, and of those among them that it takes its own word for.
 
     Attributes:
-        features: float [m, F], one-hot.
-        kernel, solved: float [m, n], with what the model has seen, and that @ its inverse.
+        choices: int [m, T].
+        shared: float [m, n], the kernel with what the model has seen, @ the model's root.T.
         mean, variance: float [m]; the variance is relative to the model's scale.
     """
 
     model: _Model
-    features: np.ndarray
-    kernel: np.ndarray
-    solved: np.ndarray
+    choices: np.ndarray
+    shared: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
 
     @staticmethod
-    def of(model: _Model, features: np.ndarray) -> _Belief:
-        kernel = _kernel(features, model.seen, model.length)
-        solved = kernel @ model.inverse
-        variance = np.maximum(1.0 - np.einsum("ij,ij->i", solved, kernel), 1e-9)
-        return _Belief(model, features, kernel, solved, model.mean + kernel @ model.weights, variance)
+    def of(model: _Model, choices: np.ndarray) -> _Belief:
+        kernel = hamming_kernel(choices, model.seen, model.length)
+        shared = kernel @ model.root.T
+        variance = np.maximum(1.0 - np.einsum("ij,ij->i", shared, shared), 1e-9)
+        return _Belief(model, choices, shared, model.mean + kernel @ model.weights, variance)
 
     def deviation(self) -> np.ndarray:
         return np.asarray(np.sqrt(self.model.scale * self.variance))
 
     def believe(self, index: int) -> None:
         """Conditions on the prediction for candidate ``index``: the mean stays, the variance shrinks."""
-        own = _kernel(self.features, self.features[index : index + 1], self.model.length)[:, 0]
-        shared = own - self.solved @ self.kernel[index]
-        explained = shared**2 / (self.variance[index] + self.model.noise)
+        own = hamming_kernel(self.choices, self.choices[index : index + 1], self.model.length)[:, 0]
+        explained = (own - self.shared @ self.shared[index]) ** 2 / (self.variance[index] + self.model.noise)
         self.variance = np.maximum(self.variance - explained, 1e-9)
 
 
-def _kernel(one: np.ndarray, other: np.ndarray, length: float) -> np.ndarray:
-    """exp(-decisions that differ / length) of one-hot rows; what neither has reached is equal in both."""
-    reached = np.maximum(one.sum(axis=1)[:, None], other.sum(axis=1)[None, :])
-    return np.asarray(np.exp((one @ other.T - reached) / length))
+def _extended(root: np.ndarray, seen: np.ndarray, length: float, noise: float) -> np.ndarray:
+    """The inverse Cholesky factor of ``seen``'s kernel matrix with noise, from that of its first rows.
+
+    O(n^2) a new row.  The factor, not the inverse, because errors in the inverse grow with every extension.
+    """
+    known, new = seen[: len(root)], seen[len(root) :]
+    if not len(new):
+        return root
+    shared = root @ hamming_kernel(known, new, length)
+    own = hamming_kernel(new, new, length) + noise * np.eye(len(new))
+    corner = np.linalg.inv(np.linalg.cholesky(own - shared.T @ shared))
+    side = -corner @ shared.T @ root
+    return np.block([[root, np.zeros((len(known), len(new)))], [side, corner]])
 
 
 def _number(trial: Trial, name: str) -> float | None:

@@ -17,7 +17,7 @@ from ..rl.surrogates import (
 )
 from ..rl.threads import one_blas_thread
 from ..search import Architecture, SearchContext, SearchSpace, Trial, sample_uniform
-from .moves import neighbours, repair
+from .moves import encode, neighbours, repair
 from .novelty import Novelty
 
 
@@ -136,7 +136,7 @@ class ModelBased:
             top = None
         step: list[Architecture] = []
         if top is not None:
-            height = model.predict(self._encode([top.architecture]))[0][0]
+            height = model.predict(encode(self._space, [top.architecture]))[0][0]
             step = self._most_promising(self._neighbours(top), model, float(height))
         if not step:
             step = self._novelty.unseen(1)
@@ -158,7 +158,7 @@ class ModelBased:
         new = list({a: None for a in candidates if self._novelty.is_new(a)})
         if not new:
             return []
-        mean, deviation = model.predict(self._encode(new))
+        mean, deviation = model.predict(encode(self._space, new))
         gain = expected_improvement(mean, deviation, best)
         if gain.max() < 1e-12:  # hopeless, by the model: then the least so
             gain = mean
@@ -169,12 +169,12 @@ class ModelBased:
     def _fit(self, known: Sequence[Trial]) -> tuple[Posterior, np.ndarray]:
         """The model of the rewards, and those on the scale it works on: float [known]."""
         targets = half_rank(np.array([trial.reward for trial in known]))
-        choices = self._encode([trial.architecture for trial in known])
+        choices = encode(self._space, [trial.architecture for trial in known])
         if self._hyper is None or len(self._trials) >= 1.1 * self._fitted_at:
             self._hyper, self._fitted_at = most_likely(choices, targets), len(self._trials)
         model = condition(choices, targets, *self._hyper)
         if self._pending:
-            waiting = self._encode(list(self._pending.values()))
+            waiting = encode(self._space, list(self._pending.values()))
             believed = np.concatenate([targets, model.predict(waiting)[0]])
             model = condition(np.concatenate([choices, waiting]), believed, *self._hyper)
         return model, targets
@@ -198,7 +198,7 @@ class ModelBased:
         if self._policy_temperature == 0:
             return [sample_uniform(self._space, self._rng) for _ in range(self._proposals)]
         frequencies = advantage_weighted_frequencies(
-            self._encode([trial.architecture for trial in known]),
+            encode(self._space, [trial.architecture for trial in known]),
             targets,
             self._sizes,
             temperature=self._policy_temperature,
@@ -216,13 +216,6 @@ class ModelBased:
             ]
             found.append(repair(self._space, mixed, self._rng))
         return found
-
-    def _encode(self, architectures: Sequence[Architecture]) -> np.ndarray:
-        """Choices, padded with -1: int [architectures, decisions]."""
-        rows = np.full((len(architectures), len(self._sizes)), -1)
-        for row, architecture in zip(rows, architectures, strict=True):
-            row[: len(architecture.choices)] = architecture.choices
-        return rows
 
 
 class _Climb:

@@ -59,3 +59,11 @@ def repair(space: SearchSpace, choices: Sequence[int], rng: np.random.Generator)
             wanted = int(valid[rng.integers(len(valid))])
         kept += (wanted,)
     return Architecture(space.name, kept)
+
+
+def encode(space: SearchSpace, architectures: Sequence[Architecture]) -> np.ndarray:
+    """Choices, -1 for a decision that was not reached: int [architectures, decisions]."""
+    rows = np.full((len(architectures), len(space.decisions)), -1)
+    for row, architecture in zip(rows, architectures, strict=True):
+        row[: len(architecture.choices)] = architecture.choices
+    return rows

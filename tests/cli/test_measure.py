@@ -17,6 +17,7 @@ def test_a_module_by_name_is_measured(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["no-such-run"], "no-such-run is no run folder"),
         (["torch.nn:Flatten"], "give --shape"),
         (["torch.nn:Flatten", "--shape=a"], "--shape"),
         (["torch.nn:Flatten", "--shape=1,8,8", "--batch=0"], "batch = 0"),

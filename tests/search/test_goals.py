@@ -146,15 +146,43 @@ def test_the_goal_of_a_limited_reward_knows_both() -> None:
     assert slow < -1
 
 
+def test_a_limited_front_keeps_its_goal() -> None:
+    reward = limited(hypervolume_gain(), {"parameters": 10.0})
+    goal = reward.conditioned(SearchContext(), log_of(drawn(12))).goal  # type: ignore[attr-defined]
+    ideal, big = np.array([1.0, 1e-3, 5.0]), np.array([1.0, 1e-3, 20.0])
+    assert goal.score(ideal) > goal.reached == 0.0
+    assert goal.score(big) == pytest.approx(goal.score(ideal) - 0.5)
+    assert goal.after(ideal).score(ideal) == pytest.approx(0.0)
+
+
 def test_a_gain_is_the_volume_added_and_a_dominated_child_says_how_far_it_is() -> None:
-    e = math.e  # costs count by their logarithm
-    before = log_of([measured(0.0, e), measured(1.0, e**3), measured(0.5, e**2)])
+    before = log_of([measured(0.0, 1.0), measured(1.0, 3.0), measured(0.5, 2.0)])
     # scaled to the box: (0, 1), (1, 0), (.5, .5); volume .25
-    added, dominated = hypervolume_gain()([measured(0.75, e**2), measured(0.25, e**2)], before)
+    added, dominated = hypervolume_gain()([measured(0.75, 2.0), measured(0.25, 2.0)], before)
     assert added == pytest.approx(0.75 * 0.5 - 0.25)
     assert dominated == pytest.approx(0.0)  # it only ties in latency
-    (inside,) = hypervolume_gain()([measured(0.3, e**2.2)], before)
+    (inside,) = hypervolume_gain()([measured(0.3, 2.2)], before)
     assert inside == pytest.approx(-0.1)
+
+
+@given(st.integers(0, 9))
+def test_the_goal_of_a_front_of_two_is_the_volume_gained(seed: int) -> None:
+    trials, reward = log_of(drawn(12)), hypervolume_gain()
+    goal = reward.conditioned(SearchContext(), trials).goal  # type: ignore[attr-defined]
+    archive = Archive(("accuracy", "latency_s"))
+    archive.add(trials)
+    low, high = archive.corners(archive.front)
+    numbers = np.random.default_rng(seed).uniform(low, high, (20, 2)) * [1.0, -1.0]
+    points = archive.scaled(archive.points([measured(a, c) for a, c in numbers]))
+    front = archive.scaled(archive.front)
+    corner = (-1.0, -1.0)  # as far below the worst seen as that is below the best
+    gained = np.array(
+        [hypervolume(np.vstack([front, p]), corner) - hypervolume(front, corner) for p in points]
+    )
+    np.testing.assert_allclose(goal.score(numbers).clip(0), gained / 4, rtol=0, atol=1e-12)
+    assert (goal.score(numbers)[gained == 0] <= 0).all()
+    best = int(np.argmax(gained))
+    assert goal.after(numbers[best]).score(numbers[best]) <= 1e-12
 
 
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=24)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlnas_fast.errors import ConfigError
+from rlnas_fast.rl.surrogates import hamming_kernel
 from rlnas_fast.search import (
     Architecture,
     Archive,
@@ -17,7 +18,7 @@ from rlnas_fast.search import (
     hypervolume,
 )
 from rlnas_fast.search.goals import hypervolume_gain
-from rlnas_fast.strategies.composite import Composite
+from rlnas_fast.strategies.composite import Composite, _Model
 from rlnas_fast.strategies.novelty import enumerate_space
 from rlnas_fast.strategies.random import RandomSearch
 
@@ -60,8 +61,8 @@ def best_within(trials: list[Trial], target: float) -> float:
 def test_one_search_serves_several_targets() -> None:
     targets = [float(np.exp(0.2 * total)) + 1e-9 for total in (3, 6, 10)]
     ideal = [0.7, 0.7 + 0.06, 0.7 + 0.14]
-    for seed in range(3):
-        trials = found(Composite(SPACE, seed=seed), targets)
+    for seed in range(4):  # 35 of 1,024 keep the first target, one is the best; of 24 seeds all found it
+        trials = found(Composite(SPACE, seed=seed), targets, 84)
         for target, accuracy in zip(targets, ideal, strict=True):
             assert best_within(trials, target) == pytest.approx(accuracy)
 
@@ -74,8 +75,9 @@ def test_it_beats_random_search_within_a_target() -> None:
     assert min(ours) == pytest.approx(0.74)
 
 
-def test_a_front_as_a_goal() -> None:
-    reward, strategy, told = hypervolume_gain(), Composite(SPACE, seed=0), []
+@pytest.mark.parametrize("seed", range(4))
+def test_the_whole_front_is_found(seed: int) -> None:
+    reward, strategy, told = hypervolume_gain(), Composite(SPACE, seed=seed), []
     for number in range(20):
         context = reward.conditioned(SearchContext(), told)  # type: ignore[attr-defined]
         new = [
@@ -89,7 +91,25 @@ def test_a_front_as_a_goal() -> None:
     ours = Archive(("accuracy", "latency_s"))
     ours.add(told)
     volume, most = (hypervolume(whole.scaled(front), (0.0, 0.0)) for front in (ours.front, whole.front))
-    assert volume > 0.98 * most
+    assert volume > 0.99 * most  # 80 of 1,024; with the worst seen as the corner 0.954 to 1
+
+
+def test_a_model_that_grew_is_the_one_made_at_once() -> None:
+    rng = np.random.default_rng(0)
+    drawn = rng.permutation(1024)[:60]
+    seen = np.stack([drawn // 4**i % 4 for i in range(5)], axis=1)
+    targets = rng.standard_normal(60)
+    grown = None
+    for count in range(5, 61, 5):
+        grown = _Model.of(seen[:count], targets[:count], 1.6, 1e-3, -np.inf, False, grown)
+    whole = _Model.of(seen, targets, 1.6, 1e-3, -np.inf, False)
+    assert grown is not None
+    np.testing.assert_allclose(grown.root, whole.root, rtol=0, atol=1e-10)  # condition about 1e4, 12 steps
+    kernel = hamming_kernel(seen, seen, 1.6)
+    np.testing.assert_allclose(
+        grown.root.T @ grown.root @ (kernel + 1e-3 * np.eye(60)), np.eye(60), atol=1e-9
+    )
+    np.testing.assert_allclose(grown.believed, grown.mean + kernel @ grown.weights, atol=1e-9)
 
 
 def test_trials_without_a_number_of_the_goal_do_not_disturb_it() -> None:
