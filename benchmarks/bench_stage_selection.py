@@ -48,8 +48,13 @@ CHOSEN = "dqn"  # by validation tables alone; the figures with a bound are this 
 LEAST_HEADROOM = 0.3  # points
 ONLINE_AGENT = "q-table"
 ONLINE = {
-    "digits": {"epochs": 12, "task": {"validation_fraction": 0.4}},
-    "fashion-mnist": {"epochs": 12, "task": {"validation_fraction": 2 / 3, "train_size": 1000}},
+    "digits": {"epochs": 15, "task": {"validation_fraction": 0.4}, "recipe": {"batch_size": 64}},
+    "fashion-mnist": {
+        "epochs": 15,
+        "task": {"validation_fraction": 2 / 3, "train_size": 1000},
+        "recipe": {"batch_size": 64},
+        "validation_batch": 64,
+    },
 }
 TABLES_CODE = [
     stage_regimes,
@@ -208,7 +213,7 @@ def placed(run: tuple[str, str, int]) -> np.ndarray:
         settings = ONLINE[data]
         folder = Path(os.environ["RLNAS_CELLS_DIR"]) / "runs" / name.replace(":", " ")
         result = place(
-            StageCNN(1, 10, width=8), data, agent=agent, out=folder, seed=seed,
+            StageCNN(1, 10, width=4), data, agent=agent, out=folder, seed=seed,
             stages=stage_study.STAGES, device="cpu", **settings,
         )  # fmt: skip
         return np.array([100 * result.accuracy, float(result.collapsed)])
