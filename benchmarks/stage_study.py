@@ -141,7 +141,7 @@ def made(name: str, table: OutcomeTable, seed: int) -> StageAgent | LinUCB:
     return make_agent(name, features, actions, seed=seed, **OPTIONS[name])
 
 
-# The best of 4 to 15 settings each, the bandit's included, by what they chose for one half of the validation
+# The best of 6 to 14 settings each, the bandit's included, by what they chose for one half of the validation
 # tables of seeds 0 and 1 after having learnt from the other half.
 OPTIONS: dict[str, dict[str, object]] = {
     "q-table": {"radius": 0.8, "rows": 16, "epsilon": "1:0.1:1000"},
