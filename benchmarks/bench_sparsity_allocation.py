@@ -94,7 +94,7 @@ def convolutional() -> nn.Sequential:
 NETWORKS: dict[str, Callable[[], nn.Sequential]] = {"LeNet-300-100": lenet, "CNN": convolutional}
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=len(SEEDS))
 def task_of(seed: int) -> Task:
     with np.load(Path(os.environ["RLNAS_DATA_DIR"]) / "fashion_mnist.npz", allow_pickle=False) as file:
         train_split, test_split = (file["x_train"], file["y_train"]), (file["x_test"], file["y_test"])
@@ -123,6 +123,8 @@ def trained(network: str, seed: int) -> nn.Sequential:
 
     weights = cell(f"dense {network} {seed} {TRAINING_EPOCHS}", (NETWORKS[network],), compute)
     vector_to_parameters(torch.from_numpy(weights), module.parameters())
+    for parameter in module.parameters():  # they are parts of one vector, which to prunable() is shared
+        parameter.data = parameter.data.clone()
     return module.eval()
 
 
