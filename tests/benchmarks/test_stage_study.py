@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import stage_regimes
 import torch
+from bench_stage_selection import Judged, rows_of
 from stage_study import LinUCB, every_regime, small_cnn
+
+from rlnas_fast.placement.supernet import OutcomeTable
 
 CASES = [(regime, level) for regime, levels in stage_regimes.SEVERITIES.items() for level in levels]
 
@@ -80,3 +83,32 @@ def test_the_bandit_learns_what_is_linear() -> None:
         bandit.update(state, action, float(state[1]) if action else -float(state[1]))
     right = [bandit.select(state, explore=False) == int(state[1] > 0) for state in states]
     assert sum(right) > 390
+
+
+def judged(oracle: float) -> Judged:
+    """A seed of 8 samples in which stage 1 has 0.5 everywhere and stage 2 ``oracle`` in one regime."""
+    outcomes = torch.full((10, 4), 0.4)
+    outcomes[:, 1] = 0.5
+    outcomes[:2, 2] = oracle
+    table = OutcomeTable(torch.zeros(10, 3), outcomes, torch.arange(10) // 2)
+    picked = torch.tensor([2, 2, 1, 1, 1, 1, 1, 1, 1, 1])
+    best = 100 * float(table.of(picked).mean())
+    accuracy = dict.fromkeys(("dqn", "q-table", "reinforce", "ppo", "oracle"), best)
+    accuracy |= dict.fromkeys(("linear", "shuffled", "best fixed", "random"), 50.0) | {"fixed 1": 50.0}
+    accuracy["best of each batch"] = best
+    return Judged(table, accuracy, picked)
+
+
+def test_all_bounds_hold_where_the_agent_finds_what_there_is() -> None:
+    rows = rows_of([judged(0.6), judged(0.7)])
+    assert all(row.holds() for row in rows)
+    assert rows[0].measured == pytest.approx(3)
+    assert rows[1].measured == pytest.approx(100)
+    assert "no headroom" not in rows[0].detail
+
+
+def test_says_that_there_is_no_headroom_and_does_not_pass() -> None:
+    rows = rows_of([judged(0.51), judged(0.51)])
+    assert not rows[0].holds()
+    assert "no headroom" in rows[0].detail
+    assert not any(row.holds() for row in rows_of([judged(0.4), judged(0.4)])[:2])
