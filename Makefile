@@ -14,7 +14,7 @@ TEST := $(VENV)/test.stamp
 DEV := $(VENV)/dev.stamp
 endif
 
-.PHONY: setup search test lint types check bench bench-nonlocal bench-sparse bench-metaqnn crash-test sanitize clean
+.PHONY: setup search test lint types check bench bench-nonlocal bench-sparse bench-metaqnn bench-stages bench-allocation crash-test sanitize clean
 
 setup: $(BASE)
 
@@ -40,6 +40,7 @@ bench: $(TEST)
 	$(PY) benchmarks/bench_masked_matmul.py --check $(ARGS)
 	$(PY) benchmarks/bench_tabular.py --check $(ARGS)
 	$(PY) benchmarks/bench_meter.py --check $(ARGS)
+	$(PY) benchmarks/bench_placement.py --check $(ARGS)
 
 bench-nonlocal: $(TEST)
 	$(PY) benchmarks/bench_nonlocal_attention.py --check $(ARGS)
@@ -49,6 +50,12 @@ bench-sparse: $(TEST)
 
 bench-metaqnn: $(TEST)
 	$(PY) benchmarks/bench_metaqnn.py --check $(ARGS)
+
+bench-stages: $(TEST)
+	$(PY) benchmarks/bench_stage_selection.py --check $(ARGS)
+
+bench-allocation: $(TEST)
+	$(PY) benchmarks/bench_sparsity_allocation.py --check $(ARGS)
 
 crash-test: $(TEST)
 	$(PY) benchmarks/crash_test.py $(ARGS)
