@@ -488,11 +488,13 @@ def _new_folder(out: Path | None, config: SearchConfig) -> Path:
 
 def _check_not_fewer(folder: Path, config: SearchConfig) -> None:
     """Refuses to go on with fewer trials than there are."""
-    if (folder / "trials.sqlite").is_file():
+    try:
         with SqliteLog.open_readonly(folder / "trials.sqlite") as log:
             done = len(log.read())
-        if config.trials < done:
-            raise ConfigError(f"trials = {config.trials}: {folder} has {done} already; give at least as many")
+    except RunError:  # nothing was ever written to it; or what is wrong is said when it is opened to go on
+        return
+    if config.trials < done:
+        raise ConfigError(f"trials = {config.trials}: {folder} has {done} already; give at least as many")
 
 
 def _check_given(folder: Path, config: SearchConfig, objects: Mapping[str, Any]) -> None:
