@@ -222,7 +222,15 @@ def resume(
 @app.command()
 def show(folder: RunFolder, as_json: AsJson = False) -> None:
     """Show what a run has found so far."""
+    from ..compression_runs import SETTINGS
+    from ..placement_folder import CONFIG
     from .show import show_run
+
+    if (folder / CONFIG).is_file() or (folder / SETTINGS).is_file():
+        raise ConfigError(
+            f"{folder} is no search: what it found is in its summary.json once it has ended, and "
+            f"`rlnas resume {folder}` goes on and shows it"
+        )
 
     show_run(folder, as_json)
 
