@@ -52,6 +52,7 @@ AGENTS = ("q-table", "dqn", "reinforce", "ppo")
 CHOSEN = "dqn"  # by validation tables alone; the figures with a bound are this agent's
 LEAST_HEADROOM = 0.3  # points
 ONLINE_AGENT = "q-table"
+ONLINE_OPTIONS = {"rows": 8}  # some 260 decisions are explored: 8 for each value
 ONLINE: dict[str, dict[str, object]] = {
     "digits": {"validation_fraction": 0.4},
     "fashion-mnist": {"validation_fraction": 0.5, "train_size": 2000},
@@ -214,6 +215,7 @@ def placed(run: tuple[str, str, int]) -> np.ndarray:
     data, agent, seed = run
     torch.set_num_threads(1)
     name = f"online {data} {agent} {seed}"
+    options = ONLINE_OPTIONS if agent == ONLINE_AGENT else {}
 
     def compute() -> np.ndarray:
         torch.manual_seed(seed)
@@ -223,11 +225,11 @@ def placed(run: tuple[str, str, int]) -> np.ndarray:
         result = place(
             network, task_of(data), agent=agent, seed=seed, device="cpu",
             out=Path(os.environ["RLNAS_CELLS_DIR"]) / "runs" / name.replace(":", " "),
-            stages=stage_study.STAGES, **ONLINE_SETTINGS,
+            stages=stage_study.STAGES, agent_options=options, **ONLINE_SETTINGS,
         )  # fmt: skip
         return np.array([100 * result.accuracy, float(result.collapsed)])
 
-    return cell(f"{name} {ONLINE[data]} {ONLINE_SETTINGS}", [*ONLINE_CODE, placed], compute)
+    return cell(f"{name} {ONLINE[data]} {ONLINE_SETTINGS} {options}", [*ONLINE_CODE, placed], compute)
 
 
 @lru_cache
