@@ -8,7 +8,7 @@ on five regimes (stage_regimes.py); agents learn which block suits a batch from 
 and are judged on one of test images.  ``online``: the whole training procedure on digits and Fashion-MNIST
 against always the same stage.
 
-Needs ``RLNAS_DATA_DIR``.  Tables, choices and placement runs are kept in ``RLNAS_CELLS_DIR``
+Needs ``RLNAS_DATA_DIR``.  Tables, choices and figures of runs are kept in ``RLNAS_CELLS_DIR``
 (build/bench_stage_selection where it is not set): a run that was ended goes on where it was.  ``--quick`` has
 one seed, hardly trained, and digits alone, and decides nothing.
 """
@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -202,7 +202,6 @@ def online(quick: bool) -> list[Row]:
     runs = [(data, agent, seed) for data in names for seed in seeds for agent in agents]
     with ProcessPoolExecutor(_jobs(), mp_context=get_context("spawn")) as pool:
         figures = dict(zip(runs, pool.map(placed, runs), strict=True))
-    shutil.rmtree(Path(os.environ["RLNAS_CELLS_DIR"]) / "runs", ignore_errors=True)  # what counts is in cells
     rows = []
     for data in names:
         found = {agent: np.array([figures[data, agent, seed] for seed in seeds]) for agent in agents}
@@ -222,11 +221,11 @@ def placed(run: tuple[str, str, int]) -> np.ndarray:
         network = StageCNN(1, 10, width=8)
         if data != "digits":  # of 8 x 8; others are halved first, which saves time
             network.stage1[0][0].stride = (2, 2)
-        result = place(
-            network, task_of(data), agent=agent, seed=seed, device="cpu",
-            out=Path(os.environ["RLNAS_CELLS_DIR"]) / "runs" / name.replace(":", " "),
-            stages=stage_study.STAGES, agent_options=options, **ONLINE_SETTINGS,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:  # kept ones would outlive a change of the code
+            result = place(
+                network, task_of(data), agent=agent, seed=seed, device="cpu", out=Path(folder) / "run",
+                stages=stage_study.STAGES, agent_options=options, **ONLINE_SETTINGS,
+            )  # fmt: skip
         return np.array([100 * result.accuracy, float(result.collapsed)])
 
     return cell(f"{name} {ONLINE[data]} {ONLINE_SETTINGS} {options}", [*ONLINE_CODE, placed], compute)
