@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rlnas_fast.errors import ConfigError, KernelUnavailable, ShapeError
 from rlnas_fast.ops import nonlocal_attention, nonlocal_block
-from rlnas_fast.ops.nonlocal_attention import KINDS, reference
+from rlnas_fast.ops.nonlocal_attention import KINDS, dot_product, reference
 from rlnas_fast.ops.nonlocal_attention.dot_product import (
     dot_product_algorithm,
     gram_block,
@@ -243,6 +243,22 @@ def test_dot_product_in_bfloat16_on_every_instruction_set(isa: str, case: tuple,
     for layout in ("channels first", "channels last", "sliced", "misaligned"):
         check_block(laid_out(x, layout), weights, case[3], "dot_product", backend="cpu")
     check_block(x, weights, case[3], "dot_product", residual=False, backend="cpu")
+
+
+def test_plain_products_only_where_the_kernel_for_pairs_does_not_serve(monkeypatch) -> None:
+    monkeypatch.setattr(dot_product, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(dot_product, "_threads", lambda: 4)
+
+    def plain(shape, inner=64, width=64, dtype=torch.bfloat16) -> bool:
+        return dot_product.plain_is_faster(shape, inner, width, dtype, pooled=False)
+
+    assert not plain((4, 128, 7, 7))
+    assert plain((3, 128, 7, 7))  # a thread would be idle
+    assert plain((4, 127, 7, 7))
+    assert plain((4, 128, 7, 7), inner=63)
+    assert plain((4, 128, 7, 7), width=63)
+    assert not plain((4, 32, 7, 7), inner=15)  # so few channels that converting costs less
+    assert not plain((1, 128, 7, 7), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -548,17 +564,20 @@ def test_empty_batch_of_the_block(kind: str, dtype: torch.dtype) -> None:
     assert all(not gradient.any() for gradient in gradients)
 
 
+@pytest.mark.parametrize("kind", ["embedded_gaussian", "dot_product", "concatenation"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(3, 16, 12, 12), (16, 16, 7, 7)], ids=str)
-def test_deterministic_run_to_run(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_deterministic_run_to_run(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
     x, weights = block_operands((shape, 8, 8, 1), dtype)
     grad = torch.randn(x.shape).to(dtype)
+    pair = torch.randn(16).to(dtype) if kind == "concatenation" else None
+
+    def block(x: torch.Tensor, *w: torch.Tensor) -> torch.Tensor:
+        return nonlocal_block(x, *w[:4], biases=w[4:], kind=kind, pair=pair)
+
     torch.use_deterministic_algorithms(True)
     try:
-        runs = [
-            with_gradients(lambda x, *w: nonlocal_block(x, *w[:4], biases=w[4:]), [x, *weights], grad)
-            for _ in range(3)
-        ]
+        runs = [with_gradients(block, [x, *weights], grad) for _ in range(3)]
     finally:
         torch.use_deterministic_algorithms(False)
     for run in runs[1:]:
