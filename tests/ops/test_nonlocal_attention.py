@@ -268,6 +268,7 @@ def test_concatenation_on_every_instruction_set(isa: str, bias: bool, dtype: tor
     for case in [((3, 32, 7, 7), 16, 16, 1), ((2, 10, 9, 15), 5, 33, 1), ((1, 6, 3), 2, 50, 1)]:
         x, weights = block_operands(case, dtype, bias)
         check_block(x, weights, 1, "concatenation")
+        check_block(laid_out(x, "sliced"), weights, 1, "concatenation")
         check_block(laid_out(x, "channels last"), weights, 1, "concatenation", residual=False)
 
 
