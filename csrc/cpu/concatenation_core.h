@@ -107,7 +107,8 @@ RLNAS_INLINE void widen_some(const float* from, int64_t count, Wide to[2]) {
 }
 
 RLNAS_INLINE void narrow_some(float* to, const Wide from[2], int64_t count) {
-  const Narrow halves[2] = {__builtin_convertvector(from[0], Narrow), __builtin_convertvector(from[1], Narrow)};
+  const Narrow halves[2] = {__builtin_convertvector(from[0], Narrow),
+                            __builtin_convertvector(from[1], Narrow)};
   Vec both;
   std::memcpy(&both, halves, sizeof(both));
   store_some(to, both, count);
@@ -176,8 +177,7 @@ void sweep(const Sweep& job, const Rising& queries, const Rising& keys, int64_t 
       sweep_some<1>(job, queries, keys, e, count, slopes.data());
   }
   if (job.weight.data)
-    for (int64_t i = 0; i < queries.count(); i++)
-      job.slope.at(i) = static_cast<float>(job.scale * slopes[i]);
+    for (int64_t i = 0; i < queries.count(); i++) job.slope.at(i) = static_cast<float>(job.scale * slopes[i]);
 }
 
 }  // namespace

@@ -66,7 +66,8 @@ void bf16_dot_product_backward(const BlockShape& shape, const BlockWeights& give
     const HalfRows from = half_rows(image, N, C, scratch<kFree + 3>(N * C)),
                    grad = half_rows(upstream, N, C, scratch<kGradZ>(N * C)),
                    to = half_target(result, C, scratch<kFree + 4>(N * C));
-    const HalfRows rows = saved_rows(saved.projections, b, N, L), small = saved_rows(saved.attention, b, D, E);
+    const HalfRows rows = saved_rows(saved.projections, b, N, L),
+                   small = saved_rows(saved.attention, b, D, E);
     const HalfRows grads{reinterpret_cast<Half*>(scratch<kFree>(N * L)), L};
     const uint8_t* winners = saved.winners ? saved.winners + b * M * width : nullptr;
     const HalfRows keys = k.pools() ? pooled_pairs(k, rows, winners, scratch<kFree + 5>(M * width))
@@ -88,11 +89,12 @@ void bf16_dot_product_backward(const BlockShape& shape, const BlockWeights& give
     // Gradients of the projections.
     pair_gemm<Order::row_major>(N, D, C / 2, left_of(grad), pair_lanes(mixed, D, C, rights),
                                 {nullptr, grads.data, L});
-    const HalfRows grad_keys =
-        k.pools() ? HalfRows{reinterpret_cast<Half*>(scratch<kFree + 1>(M * width)), width}
-                  : HalfRows{grads.data + D, L};
+    const HalfRows grad_keys = k.pools()
+                                   ? HalfRows{reinterpret_cast<Half*>(scratch<kFree + 1>(M * width)), width}
+                                   : HalfRows{grads.data + D, L};
     pair_gemm<Order::row_major>(M, D, E / 2, left(keys.data + D, keys.ld),
-                                pair_lanes(grad_small, D, E, rights), {nullptr, grad_keys.data, grad_keys.ld});
+                                pair_lanes(grad_small, D, E, rights),
+                                {nullptr, grad_keys.data, grad_keys.ld});
     pair_gemm<Order::row_major>(M, E, D / 2, left_of(keys), pair_panels(grad_small, D, E, rights),
                                 {nullptr, grad_keys.data + D, grad_keys.ld});
     if (k.pools()) {

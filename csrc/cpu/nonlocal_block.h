@@ -159,8 +159,8 @@ void from_float(DType dtype, const float* from, int64_t count, void* to) {
 }
 
 // The block's sizes, and its weights in float32: projection [W][C] of theta, phi and g in turn, and out
-// [C][E]; a pair's weights are multiplied into theta and phi, so that D is 1.  An image's rows have L columns: Q that are x itself, then W projected ones; the keys, followed by
-// the values, start at column K.
+// [C][E]; a pair's weights are multiplied into theta and phi, so that D is 1.  An image's rows have L
+// columns: Q that are x itself, then W projected ones; the keys, followed by the values, start at column K.
 struct Block {
   const BlockShape& shape;
   const BlockWeights& given;
