@@ -3,6 +3,7 @@
 
 #include "cpu/concatenation_core.h"
 #include "cpu/nonlocal_block.h"
+#include "cpu/pairs.h"
 
 namespace rlnas::RLNAS_ISA {
 namespace {
@@ -36,6 +37,107 @@ void shared_sweep(bool team, const Sweep& job, int64_t channels, const Rising& q
 Column column(const float* data, int64_t stride = 1) { return {const_cast<float*>(data), stride}; }
 Rows rows_of(const float* data, int64_t ld) { return {const_cast<float*>(data), ld}; }
 
+// Of one image's rows [N][L], columns a, b, g: the means [N][E].
+void sweep_image(bool team, const Block& k, float* rows, float* means, std::vector<float>& slopes) {
+  const int64_t N = k.N, L = k.L;
+  static thread_local Rising queries, keys;
+  queries.sort({rows, L}, N);
+  keys.sort({rows + 1, L}, N);
+  Sweep job{1.0 / static_cast<double>(N), {rows, L}, {rows + 1, L}, {rows + 2, L}};
+  job.out = {means, k.E};
+  shared_sweep(team, job, k.E, queries, keys, slopes);
+}
+
+// Gradients of the rows [N][L] from those of the means [N][E].
+void sweep_image_back(bool team, const Block& k, float* rows, float* grad_means, float* grads,
+                      std::vector<float>& slopes) {
+  const int64_t N = k.N, L = k.L, E = k.E;
+  static thread_local Rising queries, keys;
+  queries.sort({rows, L}, N);
+  keys.sort({rows + 1, L}, N);
+  const double scale = 1.0 / static_cast<double>(N);
+  // Queries and keys change places for the gradients of g and b.
+  const Sweep to_keys{scale,          {rows + 1, L}, {rows, L},     {grad_means, E},
+                      {grads + 2, L}, {rows + 2, L}, {grads + 1, L}};
+  const Sweep to_queries{scale,        {rows, L},       {rows + 1, L}, {rows + 2, L},
+                         {nullptr, 0}, {grad_means, E}, {grads, L}};
+  shared_sweep(team, to_keys, E, keys, queries, slopes);
+  shared_sweep(team, to_queries, E, queries, keys, slopes);
+}
+
+#ifdef __AVX512BF16__
+// Whether the products with the positions take bfloat16 pairs, an image a thread; rows, means and what is
+// saved of them stay float32.
+bool pairs_serve(const BlockShape& shape, const View& x) {
+  return x.dtype == DType::bfloat16 && shape.batch > 1 && shape.channels % 2 == 0 && shape.value % 2 == 0;
+}
+
+void forward_in_pairs(const Block& k, const View& x, const View& z, const BlockSaved& saved) {
+  const BlockShape& shape = k.shape;
+  const int64_t C = k.C, E = k.E, L = k.L, N = k.N;
+  const WeightPairs project(k.projection, C, L, true), output(k.out, E, C, true);
+  const float* out_bias = k.has_bias ? k.out_bias.data() : nullptr;
+  std::vector<float> slopes;
+  over_whole_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b) {
+    const Image image(x, b, C, shape.space), result(z, b, C, shape.space);
+    const HalfRows from = half_rows(image, N, C, scratch<kGradZ>(N * C)),
+                   to = half_target(result, C, scratch<kFree + 4>(N * C));
+    float* rows = saved.projections ? saved.projections + b * N * L : scratch<kFree>(N * L);
+    float* means = saved.attention ? saved.attention + b * N * E : scratch<kOut>(N * E);
+    pair_gemm<Order::row_major>(N, L, C / 2, left_of(from), project.right(), {rows, nullptr, L});
+    if (k.has_bias) add_bias({rows, L}, N, L, k.bias.data());
+    sweep_image(false, k, rows, means, slopes);
+    const HalfRows rounded{reinterpret_cast<Half*>(scratch<kFree + 5>(N * E)), E};
+    narrow(means, N, E, rounded);
+    pair_gemm<Order::row_major>(
+        N, C, E / 2, left_of(rounded), output.right(),
+        {nullptr, to.data, to.ld, false, shape.residual ? from.data : nullptr, from.ld, out_bias});
+    finish(result, to, N, C);
+  });
+}
+
+void backward_in_pairs(const Block& k, const View& x, const View& grad_z, const BlockSaved& saved,
+                       const View& grad_x, const BlockGradients& gradients) {
+  const BlockShape& shape = k.shape;
+  const int64_t C = k.C, E = k.E, L = k.L, N = k.N, pairs = blocks_of(N, 2);
+  const WeightPairs project_back(k.projection, L, C, false), output_back(k.out, C, E, false);
+  std::vector<float> slopes;
+  WeightSums sums(k, shape.threads);
+  over_whole_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b) {
+    float *projection = sums.part(omp_get_thread_num()), *out = projection + L * C, *bias = out + C * E;
+    const Image image(x, b, C, shape.space), upstream(grad_z, b, C, shape.space),
+        result(grad_x, b, C, shape.space);
+    const HalfRows from = half_rows(image, N, C, scratch<kFree + 3>(N * C)),
+                   grad = half_rows(upstream, N, C, scratch<kGradZ>(N * C)),
+                   to = half_target(result, C, scratch<kFree + 4>(N * C));
+    float *grads = scratch<kFree>(N * L), *grad_means = scratch<kFree + 1>(N * E);
+    pair_gemm<Order::row_major>(N, E, C / 2, left_of(grad), output_back.right(), {grad_means, nullptr, E});
+    sweep_image_back(false, k, saved.projections + b * N * L, grad_means, grads, slopes);
+    const HalfRows rounded{reinterpret_cast<Half*>(scratch<kFree + 5>(N * L)), L},
+        means{reinterpret_cast<Half*>(scratch<kOut>(N * E)), E};
+    narrow(grads, N, L, rounded);
+    narrow(saved.attention + b * N * E, N, E, means);
+    pair_gemm<Order::row_major>(
+        N, C, L / 2, left_of(rounded), project_back.right(),
+        {nullptr, to.data, to.ld, false, shape.residual ? grad.data : nullptr, grad.ld});
+    finish(result, to, N, C);
+    Pair* lefts = reinterpret_cast<Pair*>(scratch<kFree + 6>(pairs * std::max(C, L)));
+    float* rights = scratch<kFree + 2>(panels_size(N, std::max(C, E)));
+    interleave(rounded, N, L, lefts, L);
+    pair_gemm<Order::depth_major>(L, C, pairs, {lefts, L}, pair_panels(from, N, C, rights),
+                                  {projection, nullptr, C, true});
+    interleave(grad, N, C, lefts, C);
+    pair_gemm<Order::depth_major>(C, E, pairs, {lefts, C}, pair_panels(means, N, E, rights),
+                                  {out, nullptr, E, true});
+    if (k.has_bias) {
+      add_columns({grads, L}, N, L, bias);
+      add_half_columns(grad, N, C, bias + L);
+    }
+  });
+  sums.store(gradients);
+}
+#endif
+
 }  // namespace
 
 void concatenation_sweep(const SweepShape& shape, const float* query, const float* key, const float* value,
@@ -60,6 +162,9 @@ void concatenation_sweep(const SweepShape& shape, const float* query, const floa
 void concatenation_forward(const BlockShape& shape, const BlockWeights& weights, const View& x, const View& z,
                            const BlockSaved& saved) {
   const Block k(shape, weights);
+#ifdef __AVX512BF16__
+  if (pairs_serve(shape, x)) return forward_in_pairs(k, x, z, saved);
+#endif
   const int64_t C = k.C, E = k.E, L = k.L, N = k.N;
   std::vector<float> projection_panels, out_panels, shared_rows, shared_means, slopes;
   const Right project = packed(k.projection.data(), C, L, true, projection_panels);
@@ -85,12 +190,7 @@ void concatenation_forward(const BlockShape& shape, const BlockWeights& weights,
       gemm<Order::row_major>(r.count(), L, C, {from.data, from.ld}, project,
                              {rows + r.first * L, L, k.has_bias ? k.bias.data() : nullptr, 0});
     });
-    static thread_local Rising queries, keys;
-    queries.sort({rows, L}, N);
-    keys.sort({rows + 1, L}, N);
-    Sweep job{1.0 / static_cast<double>(N), {rows, L}, {rows + 1, L}, {rows + 2, L}};
-    job.out = {means, E};
-    shared_sweep(team, job, E, queries, keys, slopes);
+    sweep_image(team, k, rows, means, slopes);
     share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, N);
       const Rows to = result.target(r.first, scratch<kGradZ>(kRowBlock * C));
@@ -111,6 +211,9 @@ void concatenation_backward(const BlockShape& shape, const BlockWeights& weights
                             const View& grad_z, const BlockSaved& saved, const View& grad_x,
                             const BlockGradients& gradients) {
   const Block k(shape, weights);
+#ifdef __AVX512BF16__
+  if (pairs_serve(shape, x)) return backward_in_pairs(k, x, grad_z, saved, grad_x, gradients);
+#endif
   const int64_t C = k.C, E = k.E, L = k.L, N = k.N;
   std::vector<float> projection_panels, out_panels, shared_grads, shared_means, slopes;
   const Right project_back = packed(k.projection.data(), L, C, false, projection_panels);
@@ -136,17 +239,7 @@ void concatenation_backward(const BlockShape& shape, const BlockWeights& weights
       gemm<Order::row_major>(r.count(), E, C, {grad.data, grad.ld}, output_back,
                              {grad_means + r.first * E, E});
     });
-    static thread_local Rising queries, keys;
-    queries.sort({rows, L}, N);
-    keys.sort({rows + 1, L}, N);
-    const double scale = 1.0 / static_cast<double>(N);
-    // Queries and keys change places for the gradients of g and b.
-    Sweep to_keys{scale,          {rows + 1, L}, {rows, L},     {grad_means, E},
-                  {grads + 2, L}, {rows + 2, L}, {grads + 1, L}};
-    Sweep to_queries{scale,        {rows, L},       {rows + 1, L}, {rows + 2, L},
-                     {nullptr, 0}, {grad_means, E}, {grads, L}};
-    shared_sweep(team, to_keys, E, keys, queries, slopes);
-    shared_sweep(team, to_queries, E, queries, keys, slopes);
+    sweep_image_back(team, k, rows, grad_means, grads, slopes);
     share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, N);
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * C));

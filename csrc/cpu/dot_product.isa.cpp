@@ -30,6 +30,7 @@ struct SharedBuffers {
 
 void dot_product_forward(const BlockShape& shape, const BlockWeights& weights, const View& x, const View& z,
                          const BlockSaved& saved) {
+  if (bf16_dot_product_serves(shape, x)) return bf16_dot_product_forward(shape, weights, x, z, saved);
   const Block k(shape, weights);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, width = D + E;
   std::vector<float> projection_panels, out_panels;
@@ -92,6 +93,8 @@ void dot_product_forward(const BlockShape& shape, const BlockWeights& weights, c
 void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, const View& x,
                           const View& grad_z, const BlockSaved& saved, const View& grad_x,
                           const BlockGradients& gradients) {
+  if (bf16_dot_product_serves(shape, x))
+    return bf16_dot_product_backward(shape, weights, x, grad_z, saved, grad_x, gradients);
   const Block k(shape, weights);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
   std::vector<float> projection_panels, out_panels;

@@ -17,7 +17,7 @@ enum Kind { kSoftmax, kDotProduct, kConcatenation };  // as in rlnas_fast/ops/no
 using Pointer = std::uintptr_t;
 using Strides = std::array<int64_t, 5>;  // batch, channel, depth, height, width
 using Pointers5 = std::array<Pointer, 5>;
-using Pointers8 = std::array<Pointer, 8>;
+using Pointers9 = std::array<Pointer, 9>;
 
 View view(Pointer data, int dtype, const Strides& s) {
   return {reinterpret_cast<void*>(data), static_cast<DType>(dtype), s[0], s[1], {s[2], s[3], s[4]}};
@@ -40,9 +40,9 @@ BlockShape block_shape(const std::array<int64_t, 4>& sizes, const std::array<int
           threads};
 }
 
-BlockWeights block_weights(int dtype, const Pointers8& p) {
+BlockWeights block_weights(int dtype, const Pointers9& p) {
   const auto at = [&](int i) { return reinterpret_cast<const void*>(p[i]); };
-  return {static_cast<DType>(dtype), at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+  return {static_cast<DType>(dtype), at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
 }
 
 BlockSaved block_saved(const Pointers5& p) {
@@ -56,7 +56,7 @@ void register_nonlocal_attention(py::module_& module) {
   module.def(
       "nonlocal_block_forward",
       [](int kind, std::array<int64_t, 4> sizes, std::array<int64_t, 3> space, std::array<int64_t, 3> pool,
-         bool residual, bool deterministic, int threads, int dtype, const Pointers8& weights, Pointer x,
+         bool residual, bool deterministic, int threads, int dtype, const Pointers9& weights, Pointer x,
          Strides x_strides, Pointer z, Strides z_strides, const Pointers5& saved) {
         const py::gil_scoped_release release;
         const BlockShape shape = block_shape(sizes, space, pool, residual, deterministic, threads);
@@ -71,16 +71,16 @@ void register_nonlocal_attention(py::module_& module) {
   module.def(
       "nonlocal_block_backward",
       [](int kind, std::array<int64_t, 4> sizes, std::array<int64_t, 3> space, std::array<int64_t, 3> pool,
-         bool residual, bool deterministic, int threads, int dtype, const Pointers8& weights, Pointer x,
+         bool residual, bool deterministic, int threads, int dtype, const Pointers9& weights, Pointer x,
          Strides x_strides, Pointer grad_z, Strides grad_z_strides, const Pointers5& saved, Pointer grad_x,
-         Strides grad_x_strides, const Pointers8& gradients) {
+         Strides grad_x_strides, const Pointers9& gradients) {
         const py::gil_scoped_release release;
         const BlockShape shape = block_shape(sizes, space, pool, residual, deterministic, threads);
-        const auto at = [&](int i) { return reinterpret_cast<float*>(gradients[i]); };
+        const auto at = [&](int i) { return reinterpret_cast<void*>(gradients[i]); };
         const BlockWeights given = block_weights(dtype, weights);
         const View from = view(x, dtype, x_strides), upstream = view(grad_z, dtype, grad_z_strides);
         const View to = view(grad_x, dtype, grad_x_strides);
-        const BlockGradients into{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+        const BlockGradients into{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
         const BlockSaved kept = block_saved(saved);
         if (kind == kSoftmax) RLNAS_DISPATCH(block_backward, shape, given, from, upstream, kept, to, into);
         if (kind == kDotProduct)

@@ -26,11 +26,13 @@ struct BlockShape {
 };
 
 // Dense row-major weights [D][C], [D][C], [E][C], [C][E] and biases, all of one dtype; a null bias is 0. Null
-// theta and phi are the identity (the Gaussian kind, D = C): x itself is compared.
+// theta and phi are the identity (the Gaussian kind, D = C): x itself is compared.  `pair` [2D] is that of
+// concatenation; where it is null, theta and phi hold it already and D is 1.
 struct BlockWeights {
   DType dtype;
   const void *theta, *phi, *g, *out;
   const void *theta_bias, *phi_bias, *g_bias, *out_bias;
+  const void* pair;
 };
 
 // What the backward needs, float32: projections [B][N][2D+E], or x and g [B][N][C+E] where x is compared;
@@ -44,9 +46,9 @@ struct BlockSaved {
   float* terms;
 };
 
-// Gradients in float32, layouts as the weights; null where not wanted.
+// Gradients, dtype and layouts as the weights; null where not wanted.
 struct BlockGradients {
-  float *theta, *phi, *g, *out, *theta_bias, *phi_bias, *g_bias, *out_bias;
+  void *theta, *phi, *g, *out, *theta_bias, *phi_bias, *g_bias, *out_bias, *pair;
 };
 
 struct AttentionShape {
@@ -73,6 +75,13 @@ RLNAS_DECLARE(void dot_product_forward(const BlockShape& shape, const BlockWeigh
 RLNAS_DECLARE(void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, const View& x,
                                         const View& grad_z, const BlockSaved& saved, const View& grad_x,
                                         const BlockGradients& gradients));
+// The same in bfloat16 pairs, as for the softmax block.
+RLNAS_DECLARE(bool bf16_dot_product_serves(const BlockShape& shape, const View& x));
+RLNAS_DECLARE(void bf16_dot_product_forward(const BlockShape& shape, const BlockWeights& weights,
+                                            const View& x, const View& z, const BlockSaved& saved));
+RLNAS_DECLARE(void bf16_dot_product_backward(const BlockShape& shape, const BlockWeights& weights,
+                                             const View& x, const View& grad_z, const BlockSaved& saved,
+                                             const View& grad_x, const BlockGradients& gradients));
 RLNAS_DECLARE(void attention_forward(const AttentionShape& shape, const View& theta, const View& phi,
                                      const View& g, const View& y, float* lse));
 RLNAS_DECLARE(void attention_backward(const AttentionShape& shape, const View& theta, const View& phi,

@@ -149,19 +149,30 @@ Right packed(const float* from, int64_t depth, int64_t columns, bool transposed,
   return {buffer.data(), kPanel, stride};
 }
 
+// float32 as a dense tensor of any dtype, which may be absent.
+void from_float(DType dtype, const float* from, int64_t count, void* to) {
+  with_dtype(dtype, [&](auto type) {
+    using D = decltype(type);
+    auto* typed = static_cast<typename D::Stored*>(to);
+    for (int64_t i = 0; i < (typed ? count : 0); i++) typed[i] = D::write(from[i]);
+  });
+}
+
 // The block's sizes, and its weights in float32: projection [W][C] of theta, phi and g in turn, and out
-// [C][E].  An image's rows have L columns: Q that are x itself, then W projected ones; the keys, followed by
-// the values, start at column K.
+// [C][E]; a pair's weights are multiplied into theta and phi, so that D is 1.  An image's rows have L
+// columns: Q that are x itself, then W projected ones; the keys, followed by the values, start at column K.
 struct Block {
   const BlockShape& shape;
+  const BlockWeights& given;
   int64_t C, D, E, Q, K, L, W, N, M, pooled[3];
   bool has_bias;
   std::vector<float> projection, bias, out, out_bias;
 
   Block(const BlockShape& s, const BlockWeights& w)
       : shape(s),
+        given(w),
         C(s.channels),
-        D(s.inner),
+        D(w.pair ? 1 : s.inner),
         E(s.value),
         Q(w.theta ? 0 : C),
         K(w.theta ? D : 0),
@@ -179,7 +190,10 @@ struct Block {
     bias.resize(W);
     out.resize(C * E);
     out_bias.resize(C);
-    if (w.theta) {
+    if (w.pair) {
+      join(w.theta, w.theta_bias, 0);
+      join(w.phi, w.phi_bias, 1);
+    } else if (w.theta) {
       to_float(w.dtype, w.theta, D * C, projection.data());
       to_float(w.dtype, w.phi, D * C, projection.data() + D * C);
       to_float(w.dtype, w.theta_bias, D, bias.data());
@@ -189,6 +203,13 @@ struct Block {
     to_float(w.dtype, w.g_bias, E, bias.data() + W - E);
     to_float(w.dtype, w.out, C * E, out.data());
     to_float(w.dtype, w.out_bias, C, out_bias.data());
+  }
+
+  // Half of the pair's weights: of theta (0) or of phi (1).
+  std::vector<float> half_pair(int64_t half) const {
+    std::vector<float> both(2 * shape.inner);
+    to_float(given.dtype, given.pair, both.size(), both.data());
+    return {both.begin() + half * shape.inner, both.begin() + (half + 1) * shape.inner};
   }
 
   bool pools() const { return M != N; }
@@ -233,6 +254,23 @@ struct Block {
     if (Q == 0) return;
     for (int64_t n = 0; n < count; n++) std::memcpy(rows + n * L, x.at(n), sizeof(float) * Q);
   }
+
+ private:
+  // Two linear maps in a row are one.
+  void join(const void* weight, const void* weight_bias, int64_t half) {
+    const std::vector<float> pair = half_pair(half);
+    std::vector<float> rows(shape.inner * C), offsets(shape.inner);
+    to_float(given.dtype, weight, rows.size(), rows.data());
+    to_float(given.dtype, weight_bias, offsets.size(), offsets.data());
+    std::vector<double> total(C + 1, 0.0);  // rounded once, because every position multiplies its error
+    for (int64_t d = 0; d < shape.inner; d++) {
+      const double weight = pair[d];
+      for (int64_t c = 0; c < C; c++) total[c] += weight * rows[d * C + c];
+      total[C] += weight * offsets[d];
+    }
+    for (int64_t c = 0; c < C; c++) projection[half * C + c] = static_cast<float>(total[c]);
+    bias[half] = static_cast<float>(total[C]);
+  }
 };
 
 // Gradients of the weights: one sum a thread, added up in the order of the threads.
@@ -269,23 +307,58 @@ class WeightSums {
       for (size_t part = 1; part < parts_.size(); part++)
         for (int64_t i = first; i < last; i++) total[i] += parts_[part][i];
     }
+    const DType dtype = k_.given.dtype;
     const float* from = parts_[0].data();
-    const auto take = [&](float* target, int64_t count) {
-      if (target) std::memcpy(target, from, sizeof(float) * count);
+    const auto take = [&](void* target, int64_t count) {
+      from_float(dtype, from, count, target);
       from += count;
     };
-    const int64_t keys = k_.Q ? 0 : k_.D;  // rows of theta's weight, and of phi's
-    take(to.theta, keys * k_.C);
-    take(to.phi, keys * k_.C);
+    if (k_.given.pair) {
+      split(to);
+      from += 2 * k_.C;
+    } else if (!k_.Q) {
+      take(to.theta, k_.D * k_.C);
+      take(to.phi, k_.D * k_.C);
+    }
     take(to.g, k_.E * k_.C);
     take(to.out, k_.C * k_.E);
-    take(to.theta_bias, keys);
-    take(to.phi_bias, keys);
+    if (k_.given.pair) {
+      from += 2;
+    } else if (!k_.Q) {
+      take(to.theta_bias, k_.D);
+      take(to.phi_bias, k_.D);
+    }
     take(to.g_bias, k_.E);
     take(to.out_bias, k_.C);
   }
 
  private:
+  // Gradients of the joined row and its bias as those of the pair, theta and phi.
+  void split(const BlockGradients& to) {
+    const BlockWeights& given = k_.given;
+    const int64_t C = k_.C, D = k_.shape.inner;
+    std::vector<float> grad(D * C), grad_bias(D), grad_pair(2 * D), weight(D * C), weight_bias(D);
+    for (int64_t half = 0; half < 2; half++) {
+      const std::vector<float> pair = k_.half_pair(half);
+      const float* row = parts_[0].data() + half * C;
+      const float offset = parts_[0][k_.W * C + C * k_.E + half];
+      to_float(given.dtype, half ? given.phi : given.theta, D * C, weight.data());
+      to_float(given.dtype, half ? given.phi_bias : given.theta_bias, D, weight_bias.data());
+      for (int64_t d = 0; d < D; d++) {
+        double total = static_cast<double>(weight_bias[d]) * offset;
+        for (int64_t c = 0; c < C; c++) {
+          grad[d * C + c] = pair[d] * row[c];
+          total += static_cast<double>(weight[d * C + c]) * row[c];
+        }
+        grad_bias[d] = pair[d] * offset;
+        grad_pair[half * D + d] = static_cast<float>(total);
+      }
+      from_float(given.dtype, grad.data(), D * C, half ? to.phi : to.theta);
+      from_float(given.dtype, grad_bias.data(), D, half ? to.phi_bias : to.theta_bias);
+    }
+    from_float(given.dtype, grad_pair.data(), 2 * D, to.pair);
+  }
+
   size_t size() const { return k_.W * k_.C + k_.C * k_.E + k_.W + k_.C; }
   const Block& k_;
   std::vector<std::vector<float>> parts_;

@@ -117,6 +117,7 @@ class Image {
  private:
   template <class D>
   typename D::Stored* place(int64_t position) const {
+    if (uniform_) return row<typename D::Stored>(position);  // without the divisions below
     int64_t w = position % space_[2], h = position / space_[2] % space_[1],
             t = position / space_[2] / space_[1];
     return static_cast<typename D::Stored*>(view_.data) + offset_ + w * view_.space[2] + h * view_.space[1] +

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rlnas_fast.errors import ConfigError, KernelUnavailable, ShapeError
 from rlnas_fast.ops import nonlocal_attention, nonlocal_block
-from rlnas_fast.ops.nonlocal_attention import KINDS, reference
+from rlnas_fast.ops.nonlocal_attention import KINDS, dot_product, reference
 from rlnas_fast.ops.nonlocal_attention.dot_product import (
     dot_product_algorithm,
     gram_block,
@@ -223,6 +223,101 @@ def test_bfloat16_on_every_instruction_set(isa: str, bias: bool, kind: str) -> N
         for shape, inside in views:
             wide = torch.full(shape, torch.nan, dtype=x.dtype).to(memory_format=torch.channels_last)
             check_block(wide[inside].copy_(x), weights, case[3], kind)
+
+
+PAIRS = [  # even channel counts and several images, which the kernel for bfloat16 pairs serves; then not
+    ((2, 64, 7, 5), 32, 32, 1),
+    ((3, 20, 9, 5), 10, 12, 2),
+    ((2, 66, 3, 4, 5), 34, 30, (1, 2, 2)),
+    ((2, 2, 1), 2, 2, 1),
+    ((4, 130, 6), 6, 70, 1),
+    ((2, 7, 5, 4), 4, 6, 2),
+    ((1, 8, 5, 4), 4, 6, 1),
+]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["without bias", "with bias"])
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_dot_product_in_bfloat16_on_every_instruction_set(isa: str, case: tuple, bias: bool) -> None:
+    x, weights = block_operands(case, torch.bfloat16, bias)
+    for layout in ("channels first", "channels last", "sliced", "misaligned"):
+        check_block(laid_out(x, layout), weights, case[3], "dot_product", backend="cpu")
+    check_block(x, weights, case[3], "dot_product", residual=False, backend="cpu")
+
+
+def test_plain_products_only_where_the_kernel_for_pairs_does_not_serve(monkeypatch) -> None:
+    monkeypatch.setattr(dot_product, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(dot_product, "_threads", lambda: 4)
+
+    def plain(shape, inner=64, width=64, dtype=torch.bfloat16) -> bool:
+        return dot_product.plain_is_faster(shape, inner, width, dtype, pooled=False)
+
+    assert not plain((4, 128, 7, 7))
+    assert plain((3, 128, 7, 7))  # a thread would be idle
+    assert plain((4, 127, 7, 7))
+    assert plain((4, 128, 7, 7), inner=63)
+    assert plain((4, 128, 7, 7), width=63)
+    assert not plain((4, 32, 7, 7), inner=15)  # so few channels that converting costs less
+    assert not plain((1, 128, 7, 7), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["without bias", "with bias"])
+def test_concatenation_on_every_instruction_set(isa: str, bias: bool, dtype: torch.dtype) -> None:
+    """Few positions, whose ranks are counted, and more, sorted by radix; whole vectors of channels or not."""
+    for case in [((3, 32, 7, 7), 16, 16, 1), ((2, 10, 9, 15), 5, 33, 1), ((1, 6, 3), 2, 50, 1)]:
+        x, weights = block_operands(case, dtype, bias)
+        check_block(x, weights, 1, "concatenation")
+        check_block(laid_out(x, "sliced"), weights, 1, "concatenation")
+        check_block(laid_out(x, "channels last"), weights, 1, "concatenation", residual=False)
+
+
+@pytest.mark.parametrize("count", [40, 200], ids=["ranks by counting", "radix sort"])
+def test_concatenation_of_ties_zeros_and_nan(isa: str, count: int) -> None:
+    a, b, g = operands((2, 1, 5, count, count), "concatenation", torch.float32)
+    a, b = (torch.round(each * 2) / 2 for each in (a, b))
+    a[0, 0, 3] = torch.nan
+    grad = torch.randn(2, 5, count)
+    ours = with_gradients(lambda *t: nonlocal_attention(*t, kind="concatenation"), [a, b, g], grad)
+    plain = with_gradients(
+        lambda *t: reference.nonlocal_attention(*t, "concatenation"),
+        [each.double() for each in (a, b, g)],
+        grad.double(),
+    )
+    for mine, wanted in zip([each[1] for each in ours], [each[1] for each in plain], strict=True):
+        torch.testing.assert_close(mine.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours[0].isnan(), plain[0].isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_of_the_pair(dtype: torch.dtype) -> None:
+    """By the kernel, which multiplies the pair into theta and phi itself, and around it."""
+    x, weights = block_operands(((2, 6, 5, 4), 3, 4, 1), dtype)
+    pair, grad = torch.randn(6).to(dtype), torch.randn(x.shape)
+
+    def block(function, x, pair, *weights, **options):
+        return function(
+            x, *weights[:4], biases=weights[4:], pair=pair, kind="concatenation", pool=(1, 1), **options
+        )
+
+    inputs = [x, pair, *weights]
+    plain = functools.partial(block, reference.nonlocal_block)
+    exact = with_gradients(plain, [t.double() for t in inputs], grad.double())
+    theirs = with_gradients(plain, inputs, grad)
+    assert_as_exact_as_torch(
+        with_gradients(functools.partial(block, nonlocal_block), inputs, grad), theirs, exact
+    )
+    spread = [torch.stack([each, each], -1)[..., 0] for each in inputs]  # no longer contiguous
+    assert_as_exact_as_torch(
+        with_gradients(functools.partial(block, nonlocal_block), spread, grad), theirs, exact
+    )
+
+
+@pytest.mark.parametrize("kind", ["embedded_gaussian", "dot_product"])
+def test_biases_of_any_strides(kind: str) -> None:
+    x, weights = block_operands(((2, 6, 5, 4), 4, 4, 1), torch.float32)
+    weights[4:] = [torch.stack([each, torch.full_like(each, torch.nan)], -1)[..., 0] for each in weights[4:]]
+    check_block(x, weights, 1, kind)
 
 
 def test_call_by_call_other_layouts_and_settings() -> None:
@@ -456,26 +551,34 @@ def test_empty_batch_and_no_query(kind: str) -> None:
         assert all(not gradient.any() for gradient in gradients)
 
 
-def test_empty_batch_of_the_block() -> None:
-    x, weights = block_operands(((0, 8, 3, 3), 4, 4, 1), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["embedded_gaussian", "dot_product", "concatenation"])
+def test_empty_batch_of_the_block(kind: str, dtype: torch.dtype) -> None:
+    x, weights = block_operands(((0, 8, 3, 3), 4, 4, 1), dtype)
+    pair = torch.randn(8).to(dtype) if kind == "concatenation" else None
     result, *gradients = with_gradients(
-        lambda x, *w: nonlocal_block(x, *w[:4], biases=w[4:]), [x, *weights], torch.randn(0, 8, 3, 3)
+        lambda x, *w: nonlocal_block(x, *w[:4], biases=w[4:], kind=kind, pair=pair),
+        [x, *weights],
+        torch.randn(0, 8, 3, 3),
     )
     assert result.shape == x.shape
     assert all(not gradient.any() for gradient in gradients)
 
 
+@pytest.mark.parametrize("kind", ["embedded_gaussian", "dot_product", "concatenation"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(3, 16, 12, 12), (16, 16, 7, 7)], ids=str)
-def test_deterministic_run_to_run(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_deterministic_run_to_run(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
     x, weights = block_operands((shape, 8, 8, 1), dtype)
     grad = torch.randn(x.shape).to(dtype)
+    pair = torch.randn(16).to(dtype) if kind == "concatenation" else None
+
+    def block(x: torch.Tensor, *w: torch.Tensor) -> torch.Tensor:
+        return nonlocal_block(x, *w[:4], biases=w[4:], kind=kind, pair=pair)
+
     torch.use_deterministic_algorithms(True)
     try:
-        runs = [
-            with_gradients(lambda x, *w: nonlocal_block(x, *w[:4], biases=w[4:]), [x, *weights], grad)
-            for _ in range(3)
-        ]
+        runs = [with_gradients(block, [x, *weights], grad) for _ in range(3)]
     finally:
         torch.use_deterministic_algorithms(False)
     for run in runs[1:]:

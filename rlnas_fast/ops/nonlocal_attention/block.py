@@ -85,21 +85,21 @@ def nonlocal_block(
     if may_cast and x.device.type in AUTOCAST and torch.is_autocast_enabled(x.device.type):
         x, theta, phi, g, out, pair, *casted = _autocast(x, theta, phi, g, out, pair, *biases)
         biases = (casted[0], casted[1], casted[2], casted[3])
-    tensors = (x, theta, phi, g, out, *biases)
+    tensors = (x, theta, phi, g, out, *biases, pair)
     key = None
-    if pair is None and backend in ("auto", "cpu") and not torch.compiler.is_compiling() and _plain(tensors):
+    if backend in ("auto", "cpu") and not torch.compiler.is_compiling() and _plain(tensors):
         window = tuple(pool) if isinstance(pool, list) else pool
         key = backend, *cpu.block_key(kind, tensors, window, residual)
         if (known := cpu.known_call(key)) is not None:
             return _direct(known, tensors)
-    wanted = torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in (*tensors, pair)
-    )
-    windows, route = _routed(tensors, pair, kind, pool, backend, wanted)
+    wanted = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+    windows, route = _routed(tensors, kind, pool, backend, wanted)
     if route == "reference":
         return reference.nonlocal_block(
             x, theta, phi, g, out, biases=biases, pair=pair, kind=kind, pool=tuple(windows), residual=residual
         )
+    if route == "fused" and key is not None:
+        return _direct(cpu.block_call(key, kind, tensors, windows, residual), tensors)
     if pair is not None and theta is not None and phi is not None and _trivial(windows):
         # Two linear maps in a row are one; a pooling would stand between phi and its part of the pair.
         first, second = pair.unflatten(0, (2, 1, -1))
@@ -108,8 +108,6 @@ def nonlocal_block(
         biases, pair = (theta_bias, phi_bias, *biases[2:]), None
     if route == "fused":
         operands = (x, theta, phi, g, out, *biases)
-        if key is not None:
-            return _direct(cpu.block_call(key, kind, operands, windows, residual), operands)
         if wanted:
             z: torch.Tensor = _Block.apply(windows, residual, kind, *operands)
             return z
@@ -250,7 +248,6 @@ LARGEST_CACHE = 4096
 
 def _routed(
     tensors: tuple[Any, ...],
-    pair: torch.Tensor | None,
     kind: str,
     pool: int | Sequence[int] | None,
     backend: str,
@@ -261,18 +258,18 @@ def _routed(
     ``wanted`` says whether gradients are.
     """
     if torch.compiler.is_compiling():  # once a graph, whose shapes may be symbols
-        return _route(tensors, pair, kind, pool, backend, wanted)
+        return _route(tensors, kind, pool, backend, wanted)
     key = (
         kind, backend, wanted, tuple(pool) if isinstance(pool, list) else pool,
         torch.are_deterministic_algorithms_enabled(), dot_precision(tensors[0].dtype),
         *[
             None if each is None else (each.shape, each.dtype, each.device, each.is_contiguous())
-            for each in (*tensors, pair)
+            for each in tensors
         ],
     )  # fmt: skip
     route = _routes.get(key)
     if route is None:
-        route = _route(tensors, pair, kind, pool, backend, wanted)
+        route = _route(tensors, kind, pool, backend, wanted)
         if len(_routes) >= LARGEST_CACHE:
             _routes.clear()
         _routes[key] = route
@@ -281,13 +278,12 @@ def _routed(
 
 def _route(
     tensors: tuple[Any, ...],
-    pair: torch.Tensor | None,
     kind: str,
     pool: int | Sequence[int] | None,
     backend: str,
     wanted: bool,
 ) -> _Route:
-    x, theta, phi, g, out, *rest = tensors
+    x, theta, phi, g, out, *rest, pair = tensors
     biases = (rest[0], rest[1], rest[2], rest[3])
     _check(x, theta, phi, g, out, biases, pair, kind)
     windows = _windows(x, pool)
@@ -301,7 +297,8 @@ def _route(
     sizes = inner, g.shape[0], x.shape[2:].numel()
     if kind == "embedded_gaussian" and use_library(x.device.type, x.dtype, *sizes, backend, pooled=pooled):
         return _Route(windows, "library")
-    if _fused(kind, x, (theta, phi, g, out), biases, windows, backend, wanted):
+    dense = all(each is None or each.is_contiguous() for each in tensors[1:])
+    if dense and _fused(kind, x, (theta, phi, g, out), biases, windows, backend, wanted):
         return _Route(windows, "fused")
     if kind == "dot_product" and not torch.compiler.is_compiling():  # a compiler fuses the plain form itself
         order = dot_product_algorithm(x.shape, inner, g.shape[0], windows, x.device.type)[0]
@@ -321,14 +318,16 @@ def _fused(
 ) -> bool:
     """Says whether one operator runs the whole block."""
     name = kernels_name(backend, x.device.type, x.dtype)
-    contiguous = all(weight is None or weight.is_contiguous() for weight in weights)
-    if math.prod(windows) > LARGEST_WINDOW or not contiguous:
+    if math.prod(windows) > LARGEST_WINDOW:
         return False
     if name == "cpu":
+        theta, _, g, _ = weights
         return kind in cpu.KINDS and not (
             kind == "dot_product"
             and backend == "auto"
-            and plain_is_faster(x.dtype, x.shape[1], pooled=not _trivial(windows))
+            and theta is not None
+            and g is not None
+            and plain_is_faster(x.shape, theta.shape[0], g.shape[0], x.dtype, pooled=not _trivial(windows))
         )
     if name != "triton" or kind not in ("embedded_gaussian", "dot_product"):
         return False
@@ -452,8 +451,9 @@ def _call_of(tensors: tuple[Any, ...], windows: list[int], residual: bool, kind:
 def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     x, weights, biases, (windows, residual, save, kind) = _split(arguments)
     if x.device.type == "cpu":
-        call = _call_of(arguments[:9], windows, residual, kind)
-        z, kept = call.forward(arguments[:9], save, clean=True)  # a compiler may compare runs
+        tensors = (*arguments[:9], None)
+        call = _call_of(tensors, windows, residual, kind)
+        z, kept = call.forward(tensors, save, clean=True)  # a compiler may compare runs
         return z, [] if kept is None else [kept]
     from rlnas_fast.ops.nonlocal_attention import triton_block, triton_dot
 
@@ -467,8 +467,9 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
 def _backward(grad_z: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     x, weights, biases, (saved, windows, residual, kind) = _split(arguments)
     if x.device.type == "cpu":
-        call = _call_of(arguments[:9], windows, residual, kind)
-        return [each for each in call.backward(grad_z, arguments[:9], saved[0]) if each is not None]
+        tensors = (*arguments[:9], None)
+        call = _call_of(tensors, windows, residual, kind)
+        return [each for each in call.backward(grad_z, tensors, saved[0]) if each is not None]
     from rlnas_fast.ops.nonlocal_attention import triton_block
 
     grad_x, gradients = triton_block.block_backward(

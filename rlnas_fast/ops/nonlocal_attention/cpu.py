@@ -28,7 +28,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"gaussian": 0, "embedded_gaussian": 0, "dot_product": 1, "concatenation": 2}  # the fused blocks
 SMALL = 64  # most positions of an image whose softmax is kept for the backward, as kSmall in nonlocal_core.h
 MOST_CALLS = 4096  # layouts remembered
-Tensors = Sequence[torch.Tensor | None]  # x, theta, phi, g, out and their biases
+Tensors = Sequence[torch.Tensor | None]  # x, theta, phi, g, out, their biases, and the pair of concatenation
 
 
 def unavailable_reason() -> str | None:
@@ -97,8 +97,9 @@ def _attention_sizes(theta: torch.Tensor, g: torch.Tensor) -> tuple[int, ...]:
 class BlockCall:
     """A fused block for tensors of one layout: sizes, strides and offsets are worked out once.
 
-    One of KINDS; x [B, C, *space] of any strides, contiguous weights and biases of its dtype, as in
-    ``nonlocal_block``.  A call then costs the host only its allocations and addresses.
+    One of KINDS; x [B, C, *space] of any strides, contiguous weights, biases and pair of its dtype, as in
+    ``nonlocal_block``; without pair, theta and phi of concatenation are [1, C].  A call then costs the host
+    only its allocations and addresses.
     """
 
     def __init__(self, kind: str, tensors: Tensors, pool: Sequence[int], residual: bool) -> None:
@@ -106,6 +107,7 @@ class BlockCall:
         assert x is not None
         assert g is not None
         inner = x.shape[1] if theta is None else theta.shape[0]  # the Gaussian kind compares x itself
+        depth = 1 if kind == "concatenation" else inner
         missing = 5 - x.dim()
         self._kernels = native.cpu()
         self._shape = (
@@ -118,7 +120,7 @@ class BlockCall:
         self._dtype = DTYPES[x.dtype]
         self._x_strides = _strides(x)
         self._z_strides = _strides(torch.empty_like(x, device="meta"))
-        counts = _saved_counts(kind, x.shape, x.dtype, inner, g.shape[0], pool)
+        counts = _saved_counts(kind, x.shape, x.dtype, depth, g.shape[0], pool)
         ends = list(itertools.accumulate(_rounded(count) for count in counts))
         self._saved = ends[-1]
         self._offsets = [
@@ -150,12 +152,10 @@ class BlockCall:
     def backward(
         self, grad_z: torch.Tensor, tensors: Tensors, saved: torch.Tensor
     ) -> list[torch.Tensor | None]:
-        """Gradients to x, to the weights and, where there are biases, to them."""
+        """Gradients to x, to the weights and, where there are biases and a pair, to them."""
         x, pointers = _addresses(tensors)
         grad_x = torch.empty_like(x)
-        grads = [
-            None if each is None else torch.empty_like(each, dtype=torch.float32) for each in tensors[1:]
-        ]
+        grads = [None if each is None else torch.empty_like(each) for each in tensors[1:]]
         self._kernels.nonlocal_block_backward(
             *self._shape,
             torch.are_deterministic_algorithms_enabled(),
@@ -171,8 +171,6 @@ class BlockCall:
             self._z_strides,
             [0 if grad is None else grad.data_ptr() for grad in grads],
         )
-        if self._dtype:
-            grads = [None if grad is None else grad.to(x.dtype) for grad in grads]
         return [grad_x, *grads]
 
     def _places(self, saved: torch.Tensor | None) -> list[int]:

@@ -89,9 +89,22 @@ def dot_product_algorithm(
     return min(costs, key=lambda name: costs[name].total(device_type)), costs
 
 
-def plain_is_faster(dtype: torch.dtype, channels: int, *, pooled: bool) -> bool:
-    """Says where plain products beat the fused CPU kernel, which computes in float32 (measured)."""
-    return dtype == torch.bfloat16 and channels >= (128 if pooled else 64) and _multiplies_bfloat16()
+def plain_is_faster(
+    shape: Sequence[int], inner: int, width: int, dtype: torch.dtype, *, pooled: bool
+) -> bool:
+    """Says where plain products beat the fused CPU kernel (measured).
+
+    In bfloat16 that is where the kernel for pairs of channels does not serve, or would leave threads idle,
+    because it gives each whole images: the other kernel computes in float32.
+    """
+    if dtype != torch.bfloat16 or shape[1] < (128 if pooled else 64) or not _multiplies_bfloat16():
+        return False
+    return shape[0] < max(2, _threads()) or any(size % 2 for size in (shape[1], inner, width))
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 @torch.compiler.assume_constant_result

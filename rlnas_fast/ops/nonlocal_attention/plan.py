@@ -64,7 +64,11 @@ def plan_block(
     moved = dtype.itemsize * (2 * batch * channels * queries + 4 * channels * inner)
     depth = channels if kind == "gaussian" else inner
     products = queries * channels * (2 * inner if kind == "gaussian" else 4 * inner)
-    plain = found == "cpu" and backend == "auto" and plain_is_faster(dtype, channels, pooled=keys < queries)
+    plain = (
+        found == "cpu"
+        and backend == "auto"
+        and plain_is_faster(input_shape, inner, inner, dtype, pooled=keys < queries)
+    )
     if kind == "dot_product" and found == "cpu" and not plain:
         algorithm = "reassociated"
         products += keys * inner * inner + channels * inner * inner
