@@ -418,22 +418,19 @@ void sample_panels(const Matrix& grad_y, const Matrix& x, const Rows& rows, cons
   float* const right = scratch;                      // panels of x
   float* const left = right + panels * wide * in;    // panels of grad_y
   float* const values = left + panels * wide * out;  // one for each nonzero
-  const bool past = written_past(x.rows * (in + out), scratch, threads);
   const int64_t in_slices = (in + kStep - 1) / kStep, out_slices = (out + kStep - 1) / kStep;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static) collapse(2) nowait
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t s = 0; s < in_slices; ++s)
-        transpose_panel<T>(x, p * wide, V, s * kStep, std::min(in, (s + 1) * kStep), input_permutation, past,
+        transpose_panel<T>(x, p * wide, V, s * kStep, std::min(in, (s + 1) * kStep), input_permutation, false,
                            right + p * wide * in);
-#pragma omp for schedule(static) collapse(2) nowait
+#pragma omp for schedule(static) collapse(2)
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t s = 0; s < out_slices; ++s)
         transpose_panel<T>(grad_y, p * wide, V, s * kStep, std::min(out, (s + 1) * kStep), output_permutation,
-                           past, left + p * wide * out);
-    drain();
-#pragma omp barrier
+                           false, left + p * wide * out);
     // One part of a panel of x at a time stays in the second-level cache.  A row of the weight is always the
     // same thread's, so threads need not wait for each other.
     for (int64_t p = 0; p < panels; ++p)
