@@ -163,7 +163,9 @@ def _keep(path: Path, rows: list[Row]) -> None:
 def _median_rows(selected: list[str], quick: bool, processes: int) -> list[Row]:
     command = [sys.executable, sys.argv[0], "--worker", *selected, *(["--quick"] if quick else [])]
     runs = []
-    for _ in range(processes):
+    for process in range(processes):
+        part = selected[-1] if selected else "all rows"
+        print(f"[{time.strftime('%H:%M:%S')}] {part}, process {process + 1} of {processes}", file=sys.stderr)
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         runs.append([Row(**row) for row in json.loads(output.splitlines()[-1])])
     return [

@@ -102,12 +102,13 @@ static inline void multiply_block(int rows, const float* a, const float* w, int6
   for (; c < width; c += kLanes) one[rows - 1](a, w + c, width, chain, sum + c);
 }
 
-// Steps [k0, k1) of a panel of x as [step][rows], in float: element (r, k) is x[first + r, permutation[k]].
+// Steps [k0, k1) of a panel of x as [step - k0][rows], in float: element (r, k) is x[first + r,
+// permutation[k]].
 template <class T>
 static void pack_panel(const T* x, int64_t stride, int64_t first, int rows, int64_t k0, int64_t k1,
                        const int32_t* permutation, float* panel) {
   alignas(64) float stage[kLanes];
-  float* const end = panel + k1 * rows;
+  float* const end = panel + (k1 - k0) * rows;
   for (int64_t k = k0; k < k1; k += kLanes) {
     const int steps = static_cast<int>(std::min<int64_t>(kLanes, k1 - k));
     Vector r[kLanes];
@@ -126,7 +127,7 @@ static void pack_panel(const T* x, int64_t stride, int64_t first, int rows, int6
     }
     transpose(r);
     for (int j = 0; j < steps; ++j) {
-      float* place = panel + (k + j) * rows;
+      float* place = panel + (k - k0 + j) * rows;
       if (place + kLanes <= end)
         store(place, r[j]);  // the lanes past `rows` are overwritten by the next step
       else

@@ -67,10 +67,16 @@ void count_bits(const uint8_t* state, const int32_t* bits, int64_t rows, int64_t
       int64_t kept = (n1 - n0) * (k1 - k0);
       if (bits) {
         kept = 0;
-        for (int64_t n = n0; n < n1; ++n)
-          for (int64_t k = k0; k < k1; k += 32)
-            kept += __builtin_popcount(
-                bits_at(bits + n * words, k, static_cast<int>(std::min<int64_t>(32, k1 - k))));
+        if (tile_cols % 32 == 0) {  // whole words, since bits past the last column are 0
+          for (int64_t n = n0; n < n1; ++n)
+            for (int64_t w = k0 / 32; w < (k1 + 31) / 32; ++w)
+              kept += __builtin_popcount(static_cast<uint32_t>(bits[n * words + w]));
+        } else {
+          for (int64_t n = n0; n < n1; ++n)
+            for (int64_t k = k0; k < k1; k += 32)
+              kept += __builtin_popcount(
+                  bits_at(bits + n * words, k, static_cast<int>(std::min<int64_t>(32, k1 - k))));
+        }
         incomplete += kept != (n1 - n0) * (k1 - k0);
       }
       weights += kept;

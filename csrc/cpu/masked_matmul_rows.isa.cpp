@@ -185,9 +185,15 @@ int panel_vectors(int64_t in) {
   return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 }
 
+// Whether panels go past the caches (see kSharedFloats): where vectors are whole lines.
+bool written_past(int64_t floats, const float* panels, int threads) {
+  return kLanes >= 16 && threads > 1 && floats > kSharedFloats &&
+         reinterpret_cast<uintptr_t>(panels) % sizeof(Vector) == 0;
+}
+
 template <class T>
 void transpose_panel(const Matrix& x, int64_t first, int vectors, int64_t k0, int64_t k1,
-                     const int32_t* permutation, float* panel) {
+                     const int32_t* permutation, bool past, float* panel) {
   const T* data = static_cast<const T*>(x.data);
   alignas(64) float stage[kLanes];
   for (int v = 0; v < vectors; ++v)
@@ -209,7 +215,10 @@ void transpose_panel(const Matrix& x, int64_t first, int vectors, int64_t k0, in
         r[i] = load(stage);
       }
       transpose(r);
-      for (int j = 0; j < steps; ++j) store(panel + ((k + j) * vectors + v) * kLanes, r[j]);
+      for (int j = 0; j < steps; ++j) {
+        float* const place = panel + ((k + j) * vectors + v) * kLanes;
+        past ? store_past(place, r[j]) : store(place, r[j]);
+      }
     }
 }
 
@@ -333,13 +342,16 @@ void multiply_panels(const Matrix& x, int64_t out, const Rows& rows, const int32
   const int64_t chunk =
       std::max<int64_t>(kLanes, (out * panels / (16 * threads) + kLanes - 1) / kLanes * kLanes);
   const int64_t chunks = (out + chunk - 1) / chunk;
+  const bool past = written_past(x.rows * x.cols, scratch, threads);
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(static) collapse(2) nowait
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t s = 0; s < slices; ++s)
-        transpose_panel<T>(x, p * wide, V, s * kStep, std::min(x.cols, (s + 1) * kStep), permutation,
+        transpose_panel<T>(x, p * wide, V, s * kStep, std::min(x.cols, (s + 1) * kStep), permutation, past,
                            scratch + p * wide * x.cols);
+    drain();
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1) collapse(2) nowait
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t c = 0; c < chunks; ++c)
@@ -356,22 +368,45 @@ inline Vector dot_lanes(const Vector* left, const float* right) {
   return even + odd;
 }
 
-// Dots of at most kLanes nonzeros of one row with a panel, as one vector.
-template <int V>
-inline Vector sample_lanes(const Vector* left, const float* panel, const uint16_t* indices, int count) {
-  Vector dots[kLanes];
-  const auto right = [&](int j) { return panel + static_cast<int64_t>(indices[j]) * V * kLanes; };
-  if (count == kLanes) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) dots[j] = dot_lanes<V>(left, right(j));
+// The sums of vectors first .. first + 2 * Half, one a lane: pairs are folded into each other, which takes
+// half as many shuffles as a transpose and few registers.
+template <int Half, class F>
+inline __attribute__((always_inline)) Vector fold(const F& vector, int first) {
+  if constexpr (Half == 0) {
+    return vector(first);
   } else {
-    for (int j = 0; j < kLanes; ++j) dots[j] = j < count ? dot_lanes<V>(left, right(j)) : Vector{};
+    const Vector a = fold<Half / 2>(vector, first);
+    const Vector b = fold<Half / 2>(vector, first + Half);
+    IntVector low, high;
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = i & Half ? kLanes + (i ^ Half) : i;
+      high[i] = i & Half ? kLanes + i : (i ^ Half);
+    }
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
   }
-  transpose(dots);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) dots[i] += dots[i + half];
-  return dots[0];
+}
+
+// Dots of the nonzeros 0 .. last of one row with a panel, as one vector.  `Count` are computed, those past
+// `last` in vain, so that nothing branches.
+template <int V, int Count>
+inline __attribute__((always_inline)) Vector sample_lanes(const Vector* left, const float* panel,
+                                                          const uint16_t* indices, int last) {
+  const auto dot = [&](int j) __attribute__((always_inline)) {
+    if (j >= Count) return Vector{};
+    return dot_lanes<V>(left, panel + static_cast<int64_t>(indices[std::min(j, last)]) * V * kLanes);
+  };
+  return fold<kLanes / 2>(dot, 0);
+}
+
+template <int V>
+inline Vector sample_rest(const Vector* left, const float* panel, const uint16_t* indices, int last) {
+  constexpr int kQuarter = kLanes / 4;
+  switch (last / kQuarter) {
+    case 0: return sample_lanes<V, kQuarter>(left, panel, indices, last);
+    case 1: return sample_lanes<V, 2 * kQuarter>(left, panel, indices, last);
+    case 2: return sample_lanes<V, 3 * kQuarter>(left, panel, indices, last);
+    default: return sample_lanes<V, kLanes>(left, panel, indices, last);
+  }
 }
 
 template <int V, class T>
@@ -389,13 +424,13 @@ void sample_panels(const Matrix& grad_y, const Matrix& x, const Rows& rows, cons
 #pragma omp for schedule(static) collapse(2) nowait
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t s = 0; s < in_slices; ++s)
-        transpose_panel<T>(x, p * wide, V, s * kStep, std::min(in, (s + 1) * kStep), input_permutation,
+        transpose_panel<T>(x, p * wide, V, s * kStep, std::min(in, (s + 1) * kStep), input_permutation, false,
                            right + p * wide * in);
 #pragma omp for schedule(static) collapse(2)
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t s = 0; s < out_slices; ++s)
         transpose_panel<T>(grad_y, p * wide, V, s * kStep, std::min(out, (s + 1) * kStep), output_permutation,
-                           left + p * wide * out);
+                           false, left + p * wide * out);
     // One part of a panel of x at a time stays in the second-level cache.  A row of the weight is always the
     // same thread's, so threads need not wait for each other.
     for (int64_t p = 0; p < panels; ++p)
@@ -413,11 +448,13 @@ void sample_panels(const Matrix& grad_y, const Matrix& x, const Rows& rows, cons
           for (int32_t t = static_cast<int32_t>((part ? border(part) : first) - rows.indices); t < end;
                t += kLanes) {
             const int count = std::min(kLanes, end - t);
-            Vector dots = sample_lanes<V>(g, right + p * in * wide, rows.indices + t, count);
+            const float* const panel = right + p * in * wide;
             if (count == kLanes) {
+              Vector dots = sample_lanes<V, kLanes>(g, panel, rows.indices + t, kLanes - 1);
               if (p) dots += load(values + t);
               store(values + t, dots);
             } else {
+              const Vector dots = sample_rest<V>(g, panel, rows.indices + t, count - 1);
               for (int j = 0; j < count; ++j) values[t + j] = (p ? values[t + j] : 0.0f) + dots[j];
             }
           }
@@ -472,7 +509,9 @@ void sample_rows(const Matrix& grad_y, const Matrix& x, const Weight& weight, co
     const auto parts = [&](int vectors) {
       return sorted ? std::max<int64_t>(1, (x.cols * vectors * kLanes + kCacheFloats - 1) / kCacheFloats) : 1;
     };
-    if (x.rows > 4 * kLanes)
+    // With 16 lanes, panels twice as wide halve the sums over lanes, yet fit the cache in parts alone:
+    // slower.
+    if (kLanes < 16 && x.rows > 4 * kLanes)
       sample_panels<8, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, parts(8),
                           threads);
     else if (x.rows > 2 * kLanes)

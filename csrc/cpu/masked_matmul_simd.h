@@ -38,6 +38,31 @@ struct F16 {
   uint16_t bits;
 };
 
+// What all threads will read is written past the caches once it is larger than this: the copies of the last
+// call's that other cores still hold make ordinary stores several times slower (kernels end with `drain`).
+constexpr int64_t kSharedFloats = int64_t{1} << 16;
+
+static inline void store_past(float* p, Vector v) {  // p on a border of a vector
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+static inline void drain() {
+#ifdef __AVX2__
+  _mm_sfence();
+#endif
+}
+static inline void copy_past(float* to, const float* from, int64_t count) {
+  int64_t k = 0;
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(Vector) == 0)
+    for (; k + kLanes <= count; k += kLanes) store_past(to + k, load(from + k));
+  std::memcpy(to + k, from + k, static_cast<size_t>(count - k) * sizeof(float));
+}
+
 static inline float to_float(float v) { return v; }
 static inline float to_float(Bf16 v) {
   const uint32_t word = static_cast<uint32_t>(v.bits) << 16;

@@ -1,5 +1,8 @@
 // Products over lists of tiles: forward, gradient to x, and the sampled product of the gradient to the
 // weight.
+#include <cstdlib>
+#include <new>
+
 #include "cpu/masked_matmul_kernel.h"
 
 namespace rlnas::RLNAS_ISA {
@@ -103,17 +106,45 @@ PackRow row_packer(Dtype dtype) {
                    [](auto* type) -> PackRow { return pack_row<std::remove_pointer_t<decltype(type)>>; });
 }
 
+// Features [first, first + size) of one example in float, size <= kLanes; with `spill` all of the vector at
+// `to` may be written.
+template <class T>
+inline void copy_features(const T* row, const int32_t* permutation, int64_t first, int size, int64_t features,
+                          bool spill, float* to) {
+  if constexpr (std::is_same_v<T, float>)
+    if (!permutation && first + kLanes <= features && (spill || size == kLanes))
+      return store(to, load(row + first));
+  for (int r = 0; r < size; ++r) to[r] = to_float(row[permutation ? permutation[first + r] : first + r]);
+}
+
+constexpr int64_t kStep = 256;  // of the inner dimension, packed at a time
+
+// pack_panel of at most kStep steps, past the caches if wanted.
+template <class T>
+void pack_slice(const T* x, int64_t stride, int64_t first, int rows, int64_t k0, int64_t k1,
+                const int32_t* permutation, bool past, float* panel) {
+  float* const place = panel + k0 * rows;
+  if (!past) return pack_panel(x, stride, first, rows, k0, k1, permutation, place);
+  alignas(64) float stage[kStep * kPanel];
+  pack_panel(x, stride, first, rows, k0, k1, permutation, stage);
+  copy_past(place, stage, (k1 - k0) * rows);
+}
+
 // Room that a thread keeps: a run of packed tile rows, small enough for the second-level cache.
 float* run_buffer(int64_t floats) {
   struct Buffer {
     float* data = nullptr;
     int64_t size = 0;
-    ~Buffer() { delete[] data; }
+    ~Buffer() { std::free(data); }
   };
   static thread_local Buffer buffer;
   if (buffer.size < floats) {
-    delete[] buffer.data;
-    buffer.data = new float[static_cast<size_t>(floats)];
+    std::free(buffer.data);
+    buffer.size = 0;
+    const size_t lines = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64;
+    buffer.data =
+        static_cast<float*>(std::aligned_alloc(64, lines * 64));  // else every load may cross a border
+    if (!buffer.data) throw std::bad_alloc();
     buffer.size = floats;
   }
   return buffer.data;
@@ -134,7 +165,7 @@ void pack_tiles(const Weight& weight, bool transposed, Kinds kinds, float* packe
 // A task packs a run of tile rows into its second-level cache, then all panels of x pass over it.
 void multiply_tiles(const Matrix& x, const Weight& weight, bool transposed, Kinds kinds, const float* packed,
                     const int32_t* input_permutation, const Output& y, float* scratch, int threads) {
-  constexpr int64_t kRunFloats = int64_t{1} << 17, kStep = 256;
+  constexpr int64_t kRunFloats = int64_t{1} << 17;
   const Direction d = direction_of(weight, transposed);
   const Panels panels(x.rows, kPanel);
   const Offsets offsets(d, kinds);
@@ -146,16 +177,20 @@ void multiply_tiles(const Matrix& x, const Weight& weight, bool transposed, Kind
       std::clamp<int64_t>(kRunFloats / row_floats, 1, std::max<int64_t>(1, d.tiles_out / (8 * threads)));
   const int64_t runs = (d.tiles_out + rows_in_run - 1) / rows_in_run;
   const int64_t slices = (d.in + kStep - 1) / kStep;
+  const bool past = threads > 1 && x.rows * d.in > kSharedFloats;
   const PackRow pack = row_packer(weight.dtype);
   with_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(static) collapse(2) nowait
       for (int64_t p = 0; p < panels.count; ++p)
         for (int64_t s = 0; s < slices; ++s)
-          pack_panel(static_cast<const T*>(x.data), x.stride, panels.first(p), panels.size(p), s * kStep,
-                     std::min(d.in, (s + 1) * kStep), input_permutation, scratch + panels.first(p) * d.in);
+          pack_slice(static_cast<const T*>(x.data), x.stride, panels.first(p), panels.size(p), s * kStep,
+                     std::min(d.in, (s + 1) * kStep), input_permutation, past,
+                     scratch + panels.first(p) * d.in);
+      drain();
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t run = 0; run < runs; ++run) {
         alignas(64) float sum[kPanel * kBlock];
@@ -190,11 +225,13 @@ void multiply_tiles(const Matrix& x, const Weight& weight, bool transposed, Kind
 void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight,
                   const int32_t* output_permutation, const int32_t* input_permutation, void* grad_w,
                   float* scratch, int threads) {
+  constexpr int64_t kExamples = 64, kAhead = 16;  // packed at a time, fetched ahead
   const Direction d = direction_of(weight, false);
   const int64_t width = block_width(d.tile_in), blocks = blocks_in_tile(d.tile_in), batch = x.rows;
-  float* const left = scratch;                   // [tile row][panel][batch][rows of the panel]
-  float* const right = scratch + batch * d.out;  // [tile column][block][batch][width]
-  const int64_t words = (d.in + 31) / 32;
+  const int64_t depth = batch + 1;  // blocks a power of two apart would share a few sets of the caches
+  float* const right = scratch;     // [tile column][block][depth][width]
+  const int64_t words = (d.in + 31) / 32, slices = (batch + kExamples - 1) / kExamples;
+  const bool past = threads > 1 && batch * d.in > kSharedFloats;
   const int32_t all[] = {0};
   const Chain chain{all, 1, batch, batch};
   with_type(x.dtype, [&](auto* type) {
@@ -204,36 +241,46 @@ void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight,
     T* const gw = static_cast<T*>(grad_w);
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static) nowait
-      for (int64_t b = 0; b < batch; ++b)
-        for (int64_t i = 0; i < d.tiles_out; ++i) {
-          const int64_t n0 = i * d.tile_out;
-          const Panels panels(std::min(d.tile_out, d.out - n0), kPanel);
-          for (int64_t p = 0; p < panels.count; ++p) {
-            const int64_t first = n0 + panels.first(p), size = panels.size(p);
-            float* to = left + first * batch + b * size;
-            for (int64_t r = 0; r < size; ++r)
-              to[r] = to_float(
-                  gy[b * grad_y.stride + (output_permutation ? output_permutation[first + r] : first + r)]);
-          }
-        }
-#pragma omp for schedule(static)
-      for (int64_t b = 0; b < batch; ++b)
-        for (int64_t j = 0; j < d.tiles_in; ++j)
-          for (int64_t s = 0; s < blocks; ++s) {
-            const int64_t k0 = j * d.tile_in + s * width;
-            const int64_t n = std::max<int64_t>(0, std::min({width, (j + 1) * d.tile_in - k0, d.in - k0}));
-            float* to = right + ((j * blocks + s) * batch + b) * width;
-            for (int64_t c = 0; c < n; ++c)
-              to[c] = to_float(xs[b * x.stride + (input_permutation ? input_permutation[k0 + c] : k0 + c)]);
+#pragma omp for schedule(static) collapse(2) nowait
+      for (int64_t block = 0; block < d.tiles_in * blocks; ++block)
+        for (int64_t slice = 0; slice < slices; ++slice) {
+          alignas(64) float stage[kExamples * kBlock];
+          const int64_t j = block / blocks, k0 = j * d.tile_in + block % blocks * width;
+          const int64_t n = std::max<int64_t>(0, std::min({width, (j + 1) * d.tile_in - k0, d.in - k0}));
+          const int64_t b0 = slice * kExamples, b1 = std::min(batch, b0 + kExamples);
+          float* const place = right + (block * depth + b0) * width;
+          float* const start = past ? stage : place;
+          for (int64_t b = b0; b < b1; ++b) {
+            const T* const row = xs + b * x.stride;
+            float* const to = start + (b - b0) * width;
+            // Each example lies on a page of its own, out of sight of the CPU's own prefetching.
+            __builtin_prefetch(row + kAhead * x.stride + k0);
+            __builtin_prefetch(row + kAhead * x.stride + k0 + 16);
+            for (int64_t c = 0; c < n; c += kLanes)
+              copy_features(row, input_permutation, k0 + c,
+                            static_cast<int>(std::min<int64_t>(kLanes, n - c)), d.in, true, to + c);
             for (int64_t c = n; c < width; ++c) to[c] = 0;
           }
+          if (past) copy_past(place, stage, (b1 - b0) * width);
+        }
+      drain();
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t i = 0; i < d.tiles_out; ++i) {
         alignas(64) float sum[kPanel * kBlock];
         const int64_t n0 = i * d.tile_out, rows = std::min(d.tile_out, d.out - n0);
         std::memset(gw + n0 * d.in, 0, static_cast<size_t>(rows * d.in) * sizeof(T));
         const Panels panels(rows, kPanel);
+        float* const left = run_buffer(batch * rows + kLanes);  // [panel][batch][rows of the panel]
+        for (int64_t b = 0; b < batch; ++b)
+          for (int64_t p = 0; p < panels.count; ++p) {
+            const int64_t first = panels.first(p), size = panels.size(p);
+            const T* const row = gy + b * grad_y.stride;
+            __builtin_prefetch(row + kAhead * grad_y.stride + n0 + first);
+            // What a whole vector writes past `size` is overwritten by the next examples.
+            copy_features(row, output_permutation, n0 + first, panels.size(p), d.out,
+                          (batch - b) * size >= kLanes, left + first * batch + b * size);
+          }
         const int64_t live = d.count[2 * i] + d.count[2 * i + 1];
         for (int64_t t = 0; t < live; ++t) {
           const int64_t j = d.tiles[i * d.tiles_in + t];
@@ -244,8 +291,8 @@ void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight,
             for (int64_t p = 0; p < panels.count; ++p) {
               const int64_t first = n0 + panels.first(p);
               const int size = panels.size(p);
-              multiply_block(size, left + first * batch, right + (j * blocks + s) * batch * width, width,
-                             chain, sum);
+              multiply_block(size, left + (first - n0) * batch, right + (j * blocks + s) * depth * width,
+                             width, chain, sum);
               for (int r = 0; r < size; ++r) {
                 T* to = gw + (first + r) * d.in + k0;
                 if (weight.bits) {

@@ -359,6 +359,38 @@ def test_a_gradient_of_many_megabytes(kernel):
     torch.testing.assert_close(ours, (grad.t() @ x) * mask.dense())
 
 
+@pytest.mark.parametrize("kernel", ["tiles", "rows"])
+def test_products_packed_by_two_threads(isa, kernel):
+    cases = [
+        ("tiles", (32, 32), (70, 1100), 65, False),  # past the caches
+        ("bits", (13, 20), (53, 603), 130, True),
+        ("bits", (270, 300), (310, 560), 150, False),  # tiles larger than what a task packs
+    ]
+    for kind, tile, (rows, cols), batch, permuted in cases:
+        mask = make_mask(kind, rows, cols, tile, permuted=permuted)
+        weight = torch.randn(rows, cols)
+        grad, x = torch.randn(batch, rows + 3)[:, 3:], torch.randn(batch, cols)
+
+        def run(kernel, cast, weight=weight, grad=grad, x=x, mask=mask):
+            w, g, z = weight.to(cast), grad.to(cast), x.to(cast)
+            return (
+                kernels.forward(z, w, mask.tensors, None, kernel=kernel),
+                kernels.grad_input(g, w, mask.tensors, kernel),
+                kernels.grad_weight(g, z, mask.tensors, kernel),
+            )
+
+        dense, truth = run("dense", torch.float32), run("dense", torch.float64)
+        _poison()
+        torch.set_num_threads(2)  # what a task writes past its own must not reach another's
+        try:
+            ours = run(kernel, torch.float32)
+        finally:
+            torch.set_num_threads(1)
+        for o, d, t in zip(ours, dense, truth, strict=True):
+            assert error(o, t) <= 2 * error(d, t) + torch.finfo(torch.float32).eps
+        assert not ours[2][~mask.dense()].any()
+
+
 def test_the_cost_model_is_measured_once_and_says_what_it_chose(monkeypatch):
     sparse = TileMask.from_scores(torch.rand(1024, 1024), 0.02, whole_tiles=True)
     told = plan(256, sparse)

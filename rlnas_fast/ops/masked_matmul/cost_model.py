@@ -1,9 +1,10 @@
 """What each CPU kernel costs on this machine: measured once, kept on disk, and asked at every choice.
 
-The time of a kernel is taken to be linear in a few counts (weights packed, multiply-adds, elements of x and
-y) whose coefficients are fitted to timings of some ten seconds in all.  They are measured at the first choice
-and stored in ``$XDG_CACHE_HOME/rlnas_fast`` (``~/.cache`` by default) under the CPU's name, its instruction
-set, the number of threads, the dtype, the version of PyTorch and the build of the kernels.
+The time of a kernel is taken to be linear in a few counts (weights packed, multiply-adds, elements of x, y
+and a dense gradient) whose coefficients are fitted to timings of some fifteen seconds in all.  They are
+measured at the first choice and stored in ``$XDG_CACHE_HOME/rlnas_fast`` (``~/.cache`` by default) under the
+CPU's name, its instruction set, the number of threads, the dtype, the version of PyTorch and the build of the
+kernels.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["Product", "estimates", "fastest", "measure"]
 
 Product = Literal["forward", "forward_packed", "grad_input", "grad_weight"]
 
-_VERSION = 4  # of the features below
+_VERSION = 5  # of the features below
 _LANES = {"plain": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
 _KERNELS: dict[Product, tuple[str, ...]] = {
     "forward": ("dense", "tiles", "rows", "direct"),
@@ -40,7 +41,7 @@ _KERNELS: dict[Product, tuple[str, ...]] = {
 _DIRECT_ROWS = 8
 # Square weights that are timed, with their batches: one that fits the caches and one that does not.
 # In 16 bits the large batches are left out: a CPU without hardware for them is very slow.
-_SIZES: tuple[tuple[int, tuple[int, ...]], ...] = ((512, (1, 8, 64, 256)), (2048, (1, 64)))
+_SIZES: tuple[tuple[int, tuple[int, ...]], ...] = ((512, (1, 8, 64, 256)), (2048, (1, 64, 256)))
 _LARGEST_16_BIT_BATCH = 8
 
 
@@ -96,7 +97,7 @@ _decisions: dict[tuple[object, ...], str] = {}
 
 
 def measure(isa: str, threads: int, dtype: torch.dtype) -> dict[str, list[float]]:
-    """Times every kernel on this machine and fits its coefficients; some ten seconds.
+    """Times every kernel on this machine and fits its coefficients; some fifteen seconds.
 
     Args:
         isa: the instruction set in use; part of the key only.
@@ -127,14 +128,16 @@ def _samples(
     for tile, density, whole in (*kinds, (16, 0.5, True), (16, 0.1, True)):
         mask = TileMask.from_scores(scores, density, (tile, tile), whole_tiles=whole).tensors
         for x, (product, kernels) in itertools.product(inputs, _KERNELS.items()):
-            for kernel in kernels:
-                if (kernel == "direct" and x.shape[0] > _DIRECT_ROWS) or (tile == 16 and kernel == "dense"):
-                    continue
-                seconds = _seconds(_call(product, kernel, x, weight, mask))
-                yield (
-                    f"{product} {_variant(product, kernel, _size(mask))}",
-                    (_features(product, kernel, x.shape[0], _size(mask)), seconds),
-                )
+            timed = [
+                kernel
+                for kernel in kernels
+                if not (kernel == "direct" and x.shape[0] > _DIRECT_ROWS)
+                and not (tile == 16 and kernel == "dense")
+            ]
+            times = _seconds([_call(product, kernel, x, weight, mask) for kernel in timed])
+            for kernel, seconds in zip(timed, times, strict=True):
+                features = _features(product, kernel, x.shape[0], _size(mask))
+                yield f"{product} {_variant(product, kernel, _size(mask))}", (features, seconds)
 
 
 def _call(
@@ -152,19 +155,16 @@ def _call(
     return lambda: kernels.forward_packed(x, packed, None)
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """The least of a few runs, for noise only adds."""
-    start = time.perf_counter()
-    call()
-    if time.perf_counter() - start > 0.05:
-        return time.perf_counter() - start
-    best = math.inf
-    for _ in range(5):
-        begin = time.perf_counter()
-        call()
-        end = time.perf_counter()
-        best = min(best, end - begin)
-        if end - start > 0.004:
+def _seconds(calls: list[Callable[[], object]]) -> list[float]:
+    """The least of a few runs of each, for noise only adds; in turn, so that other load meets all of them."""
+    best, start = [math.inf] * len(calls), time.perf_counter()
+    for turn in range(6):
+        for i, call in enumerate(calls):
+            begin = time.perf_counter()
+            call()
+            if turn:  # the first run pays for fresh memory
+                best[i] = min(best[i], time.perf_counter() - begin)
+        if turn >= 2 and time.perf_counter() - start > 0.005 * len(calls):
             break
     return best
 
@@ -189,10 +189,10 @@ def _features(product: Product, kernel: str, batch: int, mask: _Size) -> list[fl
         return [1, masked, rows * cols, batch * rows * cols, moved]
     tile_rows, tile_cols = mask.tile
     out, inner = (tile_rows, tile_cols) if product.startswith("forward") else (tile_cols, tile_rows)
-    width = _width(out)
+    width, filled = _width(out), [rows * cols] if product == "grad_weight" else []
     stored = live * inner * width * -(-out // width)
     if kernel == "tiles":
-        return [1, stored, stored if incomplete else 0, batch * stored, moved]
+        return [1, stored, stored if incomplete else 0, batch * stored, moved, *filled]
     if kernel == "direct":
         return [1, live * tile_rows * tile_cols, nonzeros, batch * nonzeros, moved]
     lanes = _LANES[native.cpu().isa()]
@@ -205,6 +205,7 @@ def _features(product: Product, kernel: str, batch: int, mask: _Size) -> list[fl
         batch * few,
         (padded * nonzeros - batch * few),
         moved,
+        *filled,
     ]
 
 
