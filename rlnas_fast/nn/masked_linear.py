@@ -52,7 +52,8 @@ class MaskedWeight(nn.Module):
         """The mask, as a view of the module's buffers."""
         buffers = self._buffers  # attributes of a module are looked up ten times as slowly
         rows, cols = self.weight.shape
-        return TileMask.from_tensors(TileTensors((rows, cols), self._tile, *[buffers[n] for n in _BUFFERS]))
+        tensors: list[Any] = [buffers[name] for name in _BUFFERS]
+        return TileMask.from_tensors(TileTensors((rows, cols), self._tile, *tensors))
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Computes ``x (W o M)^T + b``; in eval mode without gradients the weight is packed once and kept."""
