@@ -33,7 +33,7 @@ from harness import Row, main
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from rlnas_fast.compression import agents, differentiable, heuristics, latency
+from rlnas_fast.compression import agents, black_boxes, differentiable, features, heuristics, latency
 from rlnas_fast.compression import search as searching
 from rlnas_fast.compression.layers import Masks, bits, kept
 from rlnas_fast.compression.operations import OPERATIONS, Groups, gathering, operate
@@ -45,7 +45,7 @@ from rlnas_fast.training.loop import train
 from rlnas_fast.training.recipe import Recipe
 
 PIECES = Path(__file__).parent.parent / "build" / "bench_sparsity_allocation"
-CODE = (agents, differentiable, heuristics, searching)
+CODE = (agents, black_boxes, differentiable, features, heuristics, searching)
 SEEDS = range(5)
 STUDENT_T = 2.776  # two-sided, 95 %, four degrees of freedom
 ZEROS = {80: 0.2, 90: 0.1, 95: 0.05, 98: 0.02}
@@ -123,8 +123,6 @@ def trained(network: str, seed: int) -> nn.Sequential:
 
     weights = cell(f"dense {network} {seed} {TRAINING_EPOCHS}", (NETWORKS[network],), compute)
     vector_to_parameters(torch.from_numpy(weights), module.parameters())
-    for parameter in module.parameters():  # they are parts of one vector, which to prunable() is shared
-        parameter.data = parameter.data.clone()
     return module.eval()
 
 
