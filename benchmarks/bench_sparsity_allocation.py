@@ -10,7 +10,7 @@ Margins are means over the seeds, in points, against the rule that turned out be
 intervals are of 95 % (Student's t) and paired by seed.  Needs ``RLNAS_DATA_DIR`` with fashion_mnist.npz.
 Runs in ``OMP_NUM_THREADS`` processes (all cores where it is not set) and keeps each result in
 build/bench_sparsity_allocation (or ``RLNAS_CELLS_DIR``): a run that was ended goes on where it was.
-``--quick`` decides nothing.
+``--part latency`` times one network and takes a minute.  ``--quick`` decides nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from harness import Row, main
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from rlnas_fast.compression import agents, differentiable, heuristics, latency
+from rlnas_fast.compression import agents, black_boxes, differentiable, features, heuristics, latency
 from rlnas_fast.compression import search as searching
 from rlnas_fast.compression.layers import Masks, bits, kept
 from rlnas_fast.compression.operations import OPERATIONS, Groups, gathering, operate
@@ -45,7 +45,7 @@ from rlnas_fast.training.loop import train
 from rlnas_fast.training.recipe import Recipe
 
 PIECES = Path(__file__).parent.parent / "build" / "bench_sparsity_allocation"
-CODE = (agents, differentiable, heuristics, searching)
+CODE = (agents, black_boxes, differentiable, features, heuristics, searching)
 SEEDS = range(5)
 STUDENT_T = 2.776  # two-sided, 95 %, four degrees of freedom
 ZEROS = {80: 0.2, 90: 0.1, 95: 0.05, 98: 0.02}
@@ -123,8 +123,6 @@ def trained(network: str, seed: int) -> nn.Sequential:
 
     weights = cell(f"dense {network} {seed} {TRAINING_EPOCHS}", (NETWORKS[network],), compute)
     vector_to_parameters(torch.from_numpy(weights), module.parameters())
-    for parameter in module.parameters():  # they are parts of one vector, which to prunable() is shared
-        parameter.data = parameter.data.clone()
     return module.eval()
 
 
@@ -291,32 +289,46 @@ def _difference(
     return Row(f"{name}: low end", mean - half, must=must, aim=aim, unit="points", detail=detail)
 
 
-def latency_rows() -> list[Row]:
+def measure_latency(quick: bool) -> list[Row]:
     """LeNet-300-100 at 90 % zeros in gathered tiles, on our kernels and on dense ones."""
+    _check_data()
     plain = problem_of("LeNet-300-100", 0, 0.1)
     squares = {layer.name: layer.weight.square() for layer in plain.layers}
     orders = gathering(plain.layers, squares, (32, 32), 0.1)
     problem = problem_of("LeNet-300-100", 0, 0.1, Groups.of("tiles", orders))
-    found = latency.twins(problem, problem.by_rule("lamp", 0.1), epochs=1, batch=64)
-    seconds = ", ".join(f"{name} {1e3 * value:.3g}" for name, value in found.timing.latency_s.items())
-    off = abs(found.accuracy - found.dense_accuracy)
-    return [
-        Row("LeNet-300-100 90 % tiles, batch 64: dense / ours", found.speedup, 1.8, detail=f"{seconds} ms"),
-        Row("the same: accuracy off that of the dense twin", off, 1e-4, unit="", at_most=True),
-    ]
+    masks, rows = problem.by_rule("lamp", 0.1), []
+    cores = torch.get_num_threads()
+    for threads in sorted({1, cores}):
+        torch.set_num_threads(threads)
+        found = latency.twins(problem, masks, epochs=1, batch=64, rounds=3 if quick else 9)
+        seconds = ", ".join(f"{name} {1e3 * value:.3g}" for name, value in found.timing.latency_s.items())
+        name = f"LeNet-300-100 90 % tiles, batch 64, {threads} thread{'s' * (threads > 1)}"
+        caveats = "".join(f"; {caveat}" for caveat in found.timing.caveats)
+        off = abs(found.accuracy - found.dense_accuracy)
+        rows += [
+            Row(f"{name}: dense / ours", found.speedup, 1.8, detail=f"{seconds} ms{caveats}"),
+            Row(f"{name}: accuracy off that of the dense twin", off, 1e-4, unit="", at_most=True),
+        ]
+    torch.set_num_threads(cores)
+    return rows
 
 
 def measure(quick: bool) -> list[Row]:
-    if "RLNAS_DATA_DIR" not in os.environ:
-        sys.exit("set RLNAS_DATA_DIR to the folder that holds fashion_mnist.npz")
-    os.environ.setdefault("RLNAS_CELLS_DIR", str(PIECES))
+    """Accuracies of every method."""
+    _check_data()
     jobs = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     every = wanted(quick)
     networks = sorted({(which.network, which.seed) for which in every})
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_prepare, networks))
         found = dict(zip(every, pool.map(result, every), strict=True))
-    return rows_of(found, quick) + latency_rows()
+    return rows_of(found, quick)
+
+
+def _check_data() -> None:
+    if "RLNAS_DATA_DIR" not in os.environ:
+        sys.exit("set RLNAS_DATA_DIR to the folder that holds fashion_mnist.npz")
+    os.environ.setdefault("RLNAS_CELLS_DIR", str(PIECES))
 
 
 def _prepare(which: tuple[str, int]) -> None:
@@ -325,4 +337,4 @@ def _prepare(which: tuple[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, processes=1)
+    main(__doc__, {"accuracy": measure, "latency": measure_latency}, processes=1)

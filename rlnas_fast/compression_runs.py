@@ -433,10 +433,13 @@ def _allocate(
 
     given = {"density": settings.price_density, "reconstruction": settings.price_reconstruction}
     given["latency_ms"] = settings.price_latency_ms
-    own = {name: price for name, price in given.items() if price is not None}
+    own: dict[str, Any] = {name: price for name, price in given.items() if price is not None}
+    own["latency_batch"] = settings.latency_batch
     if settings.procedure == "layerwise":
         procedure = Procedure(
-            steps=settings.layer_steps, epochs=settings.layer_epochs, prices=replace(PRICES, **own)
+            steps=settings.layer_steps,
+            epochs=settings.layer_epochs,
+            prices=replace(PRICES, **own),
         )
         network, masks, history = Layerwise(
             problem,

@@ -17,7 +17,7 @@ from .compressed import Compressed
 from .layers import density
 from .problem import Problem
 
-__all__ = ["Timing", "Twins", "density_within", "side_by_side", "twins"]
+__all__ = ["Timing", "Twins", "density_within", "masked_latency_s", "side_by_side", "twins"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,12 @@ def side_by_side(
         batch=len(x),
         caveats=tuple(caveats.values()),
     )
+
+
+def masked_latency_s(problem: Problem, network: nn.Module, masks: Mapping[str, Tensor], batch: int) -> float:
+    """Seconds that ``network`` takes under masks for ``batch`` validation images, on masked kernels."""
+    compressed = Compressed.of(network, masks, problem.groups.layout)
+    return side_by_side({"": compressed}, problem.images(batch), rounds=1).latency_s[""]
 
 
 @dataclass(frozen=True)
@@ -132,10 +138,8 @@ def density_within(
     """
 
     def takes_ms(share: float) -> float:
-        compressed = Compressed.of(
-            problem.model, problem.by_rule(method, share, int8=int8), problem.groups.layout
-        )
-        return 1e3 * side_by_side({"": compressed}, problem.images(batch), rounds=1).latency_s[""]
+        masks = problem.by_rule(method, share, int8=int8)
+        return 1e3 * masked_latency_s(problem, problem.model, masks, batch)
 
     if takes_ms(density) <= limit_ms:
         return density, ()

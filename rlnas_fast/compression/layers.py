@@ -180,15 +180,17 @@ def prunable(model: nn.Module) -> Prunable:
         ConfigError: nothing can be compressed, or a weight holds NaN or infinity; names the layer.
     """
     modules = {name: module for name, module in model.named_modules() if _has_parameters(module)}
-    owners: dict[tuple[object, ...], list[str]] = {}
-    for name, module in modules.items():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(_memory(parameter), []).append(name)
+    spans = [
+        (name, _span(parameter))
+        for name, module in modules.items()
+        for parameter in module._parameters.values()
+    ]
     layers, skipped = [], []
     for name, module in modules.items():
         reason = _reason_to_skip(module)
         if reason is None:
-            sharing = [other for other in owners[_memory(module.weight)] if other != name]
+            own = _span(module.weight)
+            sharing = [other for other, span in spans if other != name and _overlap(own, span)]
             reason = f"shares its weight with {sharing[0]!r}" if sharing else None
         if reason is not None:
             skipped.append(Skipped(name or type(module).__name__, reason))
@@ -322,9 +324,19 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None
 
 
-def _memory(parameter: object) -> tuple[object, ...]:
-    """What is equal for parameters that share memory."""
-    if not isinstance(parameter, Tensor) or isinstance(parameter, nn.parameter.UninitializedParameter):
-        return (id(parameter),)
-    storage = parameter.untyped_storage()
-    return (str(parameter.device), storage.data_ptr()) if storage.nbytes() else (id(parameter),)
+def _span(parameter: object) -> tuple[str, int, int]:
+    """Device, first byte and last byte but one of a parameter; a strided one has all that lies between."""
+    if (
+        not isinstance(parameter, Tensor)
+        or isinstance(parameter, nn.parameter.UninitializedParameter)
+        or parameter.is_meta
+        or not parameter.numel()
+    ):
+        return "", 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    first = parameter.data_ptr()
+    return str(parameter.device), first, first + (last + 1) * parameter.element_size()
+
+
+def _overlap(one: tuple[str, int, int], other: tuple[str, int, int]) -> bool:
+    return one[0] == other[0] and one[1] < other[2] and other[1] < one[2]

@@ -21,6 +21,7 @@ from . import layers as masking
 from .autoencoder import Autoencoder
 from .compressed import save_tensors
 from .heuristics import scores as rule
+from .latency import masked_latency_s
 from .layers import KEEP, PRUNE, Masks, prunable
 from .operations import OPERATIONS, Groups, operate
 from .problem import Prices, Problem, fine_tune
@@ -232,10 +233,15 @@ class Layerwise:
         return masking.effective(name, weight, states[name], self.problem.groups.layout)
 
     def _reward(self, accuracy: float, name: str, network: nn.Module, states: Masks) -> float:
-        return self.procedure.prices.reward(
+        prices = self.procedure.prices
+        latency_s = 0.0
+        if prices.latency_ms:
+            latency_s = masked_latency_s(self.problem, network, states, prices.latency_batch)
+        return prices.reward(
             accuracy,
             density=masking.bits(states) / (masking.KEEP_BITS * self.problem.layers.total),
             reconstruction=self._autoencoder.error(name, self._left(name, network, states)),
+            latency_s=latency_s,
         )
 
     def _update(self, x: Tensor, actions: Tensor, old: Tensor, reward: float) -> None:

@@ -58,16 +58,21 @@ class Prices:
         density: for the share of weights kept (1 is the whole network), in fractions of accuracy.
         reconstruction: for the relative error with which the autoencoder gives the groups back.
         latency_ms: for a millisecond of measured latency.
+        latency_batch: images in the pass that is measured.
     """
 
     density: float = 0.0
     reconstruction: float = 0.0
     latency_ms: float = 0.0
+    latency_batch: int = 64
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        for name in ("density", "reconstruction", "latency_ms"):
+            value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"price of {name} = {value}: give a number of at least 0")
+        if self.latency_batch < 1:
+            raise ConfigError(f"latency_batch = {self.latency_batch}: give at least 1")
 
     def reward(
         self, accuracy: float, *, density: float, reconstruction: float = 0.0, latency_s: float = 0.0
@@ -125,14 +130,17 @@ class Problem:
         seed: int = 0,
         gains: Path | None = None,
     ) -> None:
-        prunable(model)
+        found = prunable(model)
         self.device = torch.device(device)
         self.task = task
         self.recipe = recipe
         self.groups = groups or Groups()
         self.seed = seed
         self.model = copy.deepcopy(model).to(self.device).eval()
-        self.layers = prunable(self.model)
+        # A copy does not share what views of one weight shared, so the layers are those of the original.
+        names = {layer.name for layer in found}
+        layers = tuple(layer for layer in prunable(self.model) if layer.name in names)
+        self.layers = replace(found, layers=layers)
         self.data = DeviceData.of(task, self.device)
         self.evaluations = 0
         self._memory = memory

@@ -16,12 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError, unknown_name
 from ..rl.schedules import Schedule
@@ -29,19 +28,19 @@ from ..rl.threads import one_torch_thread
 from ..search import child_seed
 from . import layers as masking
 from .agents import DQN, PPO, Agent, GaussianPPO
-from .autoencoder import GROUP, Autoencoder
-from .compressed import Compressed
+from .autoencoder import Autoencoder
+from .black_boxes import CrossEntropy, Random, Sampler
 from .differentiable import Evidence, probe
+from .features import features
 from .heuristics import check_density, scores
-from .latency import side_by_side
-from .layers import PRUNE, Masks, Prunable
+from .latency import masked_latency_s
+from .layers import PRUNE, Masks
 from .problem import Prices, Problem
 from .statistics import observe
 
-__all__ = ["SEARCHES", "Allocation", "Settings", "features", "search"]
+__all__ = ["SEARCHES", "Allocation", "Settings", "search"]
 
 _BUDGET_STEP = 0.3  # nats of score that the upper agent moves a layer by
-_FEATURE_BATCHES = 20
 _RECENT = 5
 
 
@@ -225,7 +224,9 @@ class _Run:
             accuracy,
             density=share,
             reconstruction=self._reconstruction(masks) if self.prices.reconstruction else 0.0,
-            latency_s=self._latency_s(masks) if self.prices.latency_ms else 0.0,
+            latency_s=masked_latency_s(self.problem, self.problem.model, masks, self.prices.latency_batch)
+            if self.prices.latency_ms
+            else 0.0,
         )
         if not self.history:
             self.first = value, masks
@@ -264,10 +265,6 @@ class _Run:
             for layer in self.problem.layers
         ]
         return sum(errors) / len(errors)
-
-    def _latency_s(self, masks: Masks) -> float:
-        network = Compressed.of(self.problem.model, masks, self.problem.groups.layout).eval()
-        return side_by_side({"now": network}, self.problem.images(64)).latency_s["now"]
 
 
 def _learned(run: _Run, agent_class: type[PPO] | type[DQN]) -> None:
@@ -321,9 +318,10 @@ def _learned(run: _Run, agent_class: type[PPO] | type[DQN]) -> None:
             lower.learn(value)
             if upper is not None:
                 upper.learn(value)
-                # A change stays if the reward is not below that of late.
-                if not recent or value >= float(np.mean(recent)):
-                    budgets, int8 = proposal, precision
+            # A change stays if the reward is not below that of late; budgets without the hierarchy are drawn.
+            if not recent or value >= float(np.mean(recent)):
+                int8 = precision
+                budgets = proposal if settings.hierarchical else budgets
         recent = [*recent, value][-_RECENT:]
         if gain is None:
             continue
@@ -349,59 +347,11 @@ def _states(run: _Run, masks: Masks) -> Tensor:
     return torch.stack([seen[name].vector() for name in run.names])[None]
 
 
-class _Sampler(Protocol):
-    def act(self) -> Tensor: ...
-
-    def learn(self, reward: float) -> None: ...
-
-
-class _Random:
-    """Independent draws."""
-
-    def __init__(self, deviation: Tensor, *, seed: int) -> None:
-        self._deviation = deviation
-        self._chance = torch.Generator().manual_seed(seed)
-
-    def act(self) -> Tensor:
-        return self._deviation * torch.randn(len(self._deviation), generator=self._chance)
-
-    def learn(self, reward: float) -> None:
-        pass
-
-
-class _CrossEntropy:
-    """Rubinstein's cross-entropy method (1999) with normal distributions: the best of each population."""
-
-    def __init__(
-        self, deviation: Tensor, *, seed: int, population: int = 12, elite: int = 4, smoothing: float = 0.7
-    ) -> None:
-        self._mean, self._deviation = torch.zeros_like(deviation), deviation.clone()
-        self._chance = torch.Generator().manual_seed(seed)
-        self._population, self._elite, self._smoothing = population, elite, smoothing
-        self._drawn: list[Tensor] = []
-        self._rewards: list[float] = []
-
-    def act(self) -> Tensor:
-        noise = torch.randn(len(self._mean), generator=self._chance)
-        self._drawn.append(self._mean + self._deviation * noise)
-        return self._drawn[-1]
-
-    def learn(self, reward: float) -> None:
-        self._rewards.append(reward)
-        if len(self._rewards) < self._population:
-            return
-        best = torch.tensor(self._rewards).topk(self._elite).indices
-        chosen = torch.stack(self._drawn)[best]
-        self._mean = torch.lerp(self._mean, chosen.mean(0), self._smoothing)
-        self._deviation = torch.lerp(self._deviation, chosen.std(0), self._smoothing)
-        self._drawn, self._rewards = [], []
-
-
 # How far black boxes vary a number: 0.3 was better than 1 on one development seed; less was not tried.
 _WIDTH = 0.3
 
 
-def _black_box(run: _Run, make: Callable[..., _Sampler], *, ratios: bool) -> None:
+def _black_box(run: _Run, make: Callable[..., Sampler], *, ratios: bool) -> None:
     """Optimises budgets, and without ``ratios`` coefficients too, by their rewards alone."""
     layers = len(run.names)
     known = None if ratios else features(run.problem, run.autoencoder if run.settings.autoencoder else None)
@@ -423,83 +373,8 @@ SEARCHES: dict[str, Callable[[_Run], None]] = {
     "ppo": lambda run: _learned(run, PPO),
     "dqn": lambda run: _learned(run, DQN),
     "amc": lambda run: _black_box(run, GaussianPPO, ratios=True),
-    "random": lambda run: _black_box(run, _Random, ratios=False),
-    "cem": lambda run: _black_box(run, _CrossEntropy, ratios=False),
-    "random-ratios": lambda run: _black_box(run, _Random, ratios=True),
-    "cem-ratios": lambda run: _black_box(run, _CrossEntropy, ratios=True),
+    "random": lambda run: _black_box(run, Random, ratios=False),
+    "cem": lambda run: _black_box(run, CrossEntropy, ratios=False),
+    "random-ratios": lambda run: _black_box(run, Random, ratios=True),
+    "cem-ratios": lambda run: _black_box(run, CrossEntropy, ratios=True),
 }
-
-
-def features(problem: Problem, autoencoder: Autoencoder | None = None) -> Tensor:
-    """What the policy sees of each weight, standardised over all of them: float32 [K, weights].
-
-    The logarithms of: its size; its squared gradient (Fisher information, mean over 20 batches of the trained
-    network); the deviation of its input; the mean square of its row and of its column, which say whether a
-    unit dies; the error with which the autoencoder gives its group back.  And its layer's place.
-    """
-    layers = problem.layers
-    squares, deviations = _gradients(problem, layers)
-    rows = []
-    for place, layer in enumerate(layers):
-        weight = layer.weight.float()
-        matrix = weight.reshape(len(weight), -1)
-        inputs = deviations[layer.name]
-        spread = inputs.repeat_interleave(matrix.shape[1] // len(inputs))
-        known = [
-            matrix.abs(),
-            squares[layer.name].reshape(matrix.shape).sqrt(),
-            spread.expand_as(matrix),
-            matrix.square().mean(1, keepdim=True).sqrt().expand_as(matrix),
-            matrix.square().mean(0, keepdim=True).sqrt().expand_as(matrix),
-        ]
-        if autoencoder is not None:
-            errors = autoencoder.errors(layer.name, layer.weight).view(len(matrix), -1)
-            known.append(errors.sqrt().repeat_interleave(GROUP, dim=1)[:, : matrix.shape[1]])
-        logs = [(part / part.mean().clamp_min(1e-20)).clamp_min(1e-4).log().flatten() for part in known]
-        rows.append(torch.stack([*logs, torch.full_like(logs[0], place / max(1, len(layers) - 1))]))
-    found = torch.cat(rows, dim=1)
-    spread = found.std(dim=1, correction=0, keepdim=True)
-    return (found - found.mean(dim=1, keepdim=True)) / spread.clamp_min(1e-6)
-
-
-def _gradients(problem: Problem, layers: Prunable) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Mean squared gradients of the weights, and deviations of each input feature or channel."""
-    data, size = problem.data, problem.recipe.batch_size
-    weights = {layer.name: layer.module.weight for layer in layers}
-    squares = {name: torch.zeros_like(weight.detach()) for name, weight in weights.items()}
-    inputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            x = given[0].detach()
-            x = (
-                x.reshape(-1, x.shape[-1])
-                if isinstance(module, nn.Linear)
-                else x.transpose(0, 1).flatten(1).T
-            )
-            inputs[name] = x.std(dim=0, correction=0)
-
-        return hook
-
-    handles = [layer.module.register_forward_pre_hook(keep(layer.name)) for layer in layers]
-    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(problem.seed))
-    wanted = [weight.requires_grad for weight in weights.values()]
-    try:
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        for batch in range(_FEATURE_BATCHES):
-            picked = order[batch * size : (batch + 1) * size].to(problem.device)
-            if not len(picked):
-                break
-            with torch.enable_grad():
-                loss = F.cross_entropy(problem.model(data.normalise(data.x[picked])).float(), data.y[picked])
-            for square, gradient in zip(
-                squares.values(), torch.autograd.grad(loss, list(weights.values())), strict=True
-            ):
-                square.addcmul_(gradient, gradient)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for weight, before in zip(weights.values(), wanted, strict=True):
-            weight.requires_grad_(before)
-    return squares, inputs

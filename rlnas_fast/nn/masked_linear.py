@@ -15,7 +15,8 @@ from rlnas_fast.ops.masked_matmul.tile_mask import TileTensors, update_lists
 __all__ = ["MaskedLinear", "MaskedWeight"]
 
 _PERSISTENT = ("state", "bits", "payload", "scale", "input_permutation", "output_permutation")
-_DERIVED = ("row_count", "row_tiles", "col_count", "col_tiles", "stats")
+_BUFFERS = tuple(f"mask_{name}" for name in TileTensors._fields[2:])
+_WATCHED = tuple(f"mask_{name}" for name in _PERSISTENT)  # the others follow from these
 
 
 class MaskedWeight(nn.Module):
@@ -42,23 +43,24 @@ class MaskedWeight(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias)
         self.int8_activations = False
         self._tile = mask.tile
-        for name in (*_PERSISTENT, *_DERIVED):
+        for name in TileTensors._fields[2:]:
             self.register_buffer(f"mask_{name}", getattr(mask.tensors, name), persistent=name in _PERSISTENT)
-        self._packed: dict[int, tuple[tuple[int, ...], Packed]] = {}
+        self._packed: dict[int, tuple[tuple[tuple[int, int], ...], Packed]] = {}
 
     @property
     def mask(self) -> TileMask:
         """The mask, as a view of the module's buffers."""
-        fields = {name: getattr(self, f"mask_{name}") for name in (*_PERSISTENT, *_DERIVED)}
-        shape = (self.weight.shape[0], self.weight.shape[1])
-        return TileMask.from_tensors(TileTensors(shape=shape, tile=self._tile, **fields))
+        buffers = self._buffers  # attributes of a module are looked up ten times as slowly
+        rows, cols = self.weight.shape
+        tensors: list[Any] = [buffers[name] for name in _BUFFERS]
+        return TileMask.from_tensors(TileTensors((rows, cols), self._tile, *tensors))
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Computes ``x (W o M)^T + b``; in eval mode without gradients the weight is packed once and kept."""
         mask = self.mask
         packed = None
-        frozen = not self.training and not torch.is_grad_enabled() and x.device.type == "cpu"
-        plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+        frozen = not self.training and not torch.is_grad_enabled() and x.is_cpu
+        plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
         if frozen and plain and not self.int8_activations:
             packed = self._pack(mask, x.numel() // max(1, x.shape[-1]))
         return masked_matmul(
@@ -96,8 +98,9 @@ class MaskedWeight(nn.Module):
     def _pack(self, mask: TileMask, batch: int) -> Packed:
         """The packed weight for batches of about this size, made again when weight or mask have changed."""
         size = max(1, batch).bit_length()
-        watched = (self.weight, *(v for v in mask.tensors if isinstance(v, torch.Tensor)))
-        versions = tuple(number for tensor in watched for number in (tensor.data_ptr(), tensor._version))
+        buffers = self._buffers
+        watched = [self.weight, *[tensor for n in _WATCHED if (tensor := buffers[n]) is not None]]
+        versions = tuple([(tensor.data_ptr(), tensor._version) for tensor in watched])
         known = self._packed.get(size)
         if known is None or known[0] != versions:
             largest = (1 << size) - 1

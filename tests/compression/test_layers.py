@@ -47,6 +47,23 @@ def test_views_of_one_weight_are_shared_too() -> None:
     assert [layer.name for layer in prunable(model)] == ["2"]
 
 
+def test_views_that_overlap_are_shared_and_neighbours_in_one_storage_are_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    vector = torch.randn(48)
+
+    def place(*starts: int) -> list[str]:
+        for layer, start in zip(model, starts, strict=True):
+            layer.weight = nn.Parameter(vector[start : start + 16].view(4, 4))
+        return [layer.name for layer in prunable(model)]
+
+    assert place(0, 16, 32) == ["0", "1", "2"]
+    assert place(0, 15, 32) == ["2"]
+    assert place(0, 0, 16) == ["2"]
+    model[1].bias = nn.Parameter(vector[20:24])
+    assert place(24, 0, 8 + 32 - 16) == ["1"]
+    assert place(16, 0, 32) == ["1", "2"]
+
+
 def test_a_model_without_a_prunable_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no layer that can be compressed .*groups"):
         prunable(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)))

@@ -137,7 +137,21 @@ def test_the_reward_is_accuracy_minus_what_is_charged() -> None:
     assert found == pytest.approx(0.9 - 0.1 - 0.03 - 0.02)
     with pytest.raises(ConfigError, match="price of density = -1"):
         Prices(density=-1)
+    with pytest.raises(ConfigError, match="latency_batch = 0"):
+        Prices(latency_batch=0)
 
 
 def test_fine_tuning_has_a_recipe_of_its_own() -> None:
     assert problems.FINE_TUNING.label_smoothing == 0
+
+
+def test_layers_that_share_through_views_are_left_alone_in_the_copy_too(
+    model: nn.Sequential, task: Task
+) -> None:
+    model.append(nn.Linear(10, 10))
+    model.append(nn.Linear(10, 10))
+    model[7].weight = nn.Parameter(model[6].weight.detach())
+    problem = Problem(model, task)
+    assert [layer.name for layer in problem.layers] == ["1", "3", "5"]
+    assert all(layer.module is problem.model.get_submodule(layer.name) for layer in problem.layers)
+    assert [entry.name for entry in problem.layers.skipped] == ["6", "7"]

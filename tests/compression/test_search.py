@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from rlnas_fast.compression.autoencoder import Autoencoder
 from rlnas_fast.compression.layers import INT8, bits, kept
+from rlnas_fast.compression.layerwise import Layerwise, Procedure
 from rlnas_fast.compression.problem import Prices, Problem
-from rlnas_fast.compression.search import SEARCHES, Settings, features, search
+from rlnas_fast.compression.search import SEARCHES, Settings, search
 from rlnas_fast.errors import ConfigError
 from rlnas_fast.tasks.task import Task
 
@@ -61,6 +61,46 @@ def test_int8_spends_the_same_bits_and_keeps_more(model: nn.Module, task: Task) 
     assert not any(quantised) or kept(found.masks) > round(0.05 * problem.layers.total)
 
 
+@pytest.mark.parametrize("hierarchical", [True, False])
+def test_int8_that_was_no_worse_stays(hierarchical: bool, model: nn.Module, task: Task) -> None:
+    found = search(
+        Problem(model, task),
+        density=0.01,
+        evaluations=4,
+        fine_tune_steps=2,
+        int8=True,
+        settings=Settings(hierarchical=hierarchical),
+    )
+    sizes = {name: state.numel() for name, state in found.states.items()}
+    weights = [sum(sizes[name] * share for name, share in row["layers"].items()) for row in found.history]
+    assert found.history[1]["reward"] > found.history[0]["reward"]
+    wanted = round(0.01 * sum(sizes.values()))
+    assert weights[0] == pytest.approx(wanted, abs=1)
+    assert all(count > 1.5 * wanted for count in weights[1:])
+
+
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_latency_is_priced_at_the_batch_asked_for(
+    layerwise: bool, model: nn.Module, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def measured(problem: Problem, network: nn.Module, masks: object, batch: int) -> float:
+        seen.append(batch)
+        return 0.5e-3
+
+    module = "layerwise" if layerwise else "search"
+    monkeypatch.setattr(f"rlnas_fast.compression.{module}.masked_latency_s", measured)
+    problem, prices = Problem(model, task), Prices(latency_ms=0.1, latency_batch=7)
+    if layerwise:
+        _, _, history = Layerwise(problem, 0.2, procedure=Procedure(steps=1, prices=prices)).run()
+    else:
+        history = list(search(problem, density=0.1, evaluations=2, reward=prices).history)
+    assert len(seen) >= 2
+    assert set(seen) == {7}
+    assert all(row["reward"] == pytest.approx(row["accuracy"] - 0.05) for row in history)
+
+
 def test_a_price_of_reconstruction_lowers_the_reward(model: nn.Module, task: Task) -> None:
     free, priced = (
         search(Problem(model, task), density=0.1, evaluations=1, fine_tune_steps=0, reward=prices)
@@ -87,17 +127,6 @@ def test_each_part_can_be_left_out(settings: Settings, model: nn.Module, task: T
     densities = [row["density"] for row in found.history]
     assert densities[0] == densities[-1] == pytest.approx(0.05, abs=1e-4)
     assert (max(densities) > 0.1) == (settings.curriculum > 1)
-
-
-def test_features_are_standardised_and_tell_weights_apart(model: nn.Module, task: Task) -> None:
-    problem = Problem(model, task)
-    plain = features(problem)
-    full = features(problem, Autoencoder(problem.layers, steps=5))
-    assert plain.shape == (6, problem.layers.total)
-    assert full.shape == (7, problem.layers.total)
-    for known in (plain, full):
-        torch.testing.assert_close(known.mean(1), torch.zeros(len(known)), atol=1e-3, rtol=0)
-        torch.testing.assert_close(known.std(1), torch.ones(len(known)), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

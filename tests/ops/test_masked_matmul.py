@@ -335,6 +335,29 @@ def test_packed_products_equal_unpacked_ones(kernel):
 
 
 @pytest.mark.parametrize("kernel", ["dense", "tiles", "rows", "direct"])
+@pytest.mark.parametrize("kind", ["full", "bits", "int8"])
+@pytest.mark.parametrize("width", [32, 7])
+def test_packed_products_leave_out_columns_that_no_tile_reads(kernel, kind, width):
+    mask, weight = make_mask(kind, 45, 150, (16, width), permuted=True), torch.randn(45, 150)
+    for dead in (slice(1, 3), slice(-1, None), slice(0, -1)):
+        state = mask.state.clone()
+        state[:, dead] = 0
+        changed = TileMask.from_tensors(mask.tensors.map(torch.clone))
+        changed.update(state=state)
+        if kind == "int8":
+            changed.quantise(weight)
+        packed = pack(weight, changed, backend=kernel)
+        if kernel in ("tiles", "rows"):  # the last tile is ragged
+            assert packed.mask.shape[1] == len(packed.mask.input_permutation) < 150
+        for batch in (5,) if kernel == "direct" else (5, 20):
+            x = torch.randn(batch, 150)
+            ours = masked_matmul(x, weight, changed, packed=packed)
+            unpacked = masked_matmul(x, weight, changed, backend=kernel)
+            torch.testing.assert_close(ours, unpacked)
+            torch.testing.assert_close(ours, masked_matmul(x, weight, changed, backend="reference"))
+
+
+@pytest.mark.parametrize("kernel", ["dense", "tiles", "rows", "direct"])
 def test_packed_products_take_any_strides_and_refuse_what_does_not_fit(kernel):
     mask, weight = make_mask("bits", 45, 70, (16, 32)), torch.randn(45, 70)
     packed = pack(weight, mask, backend=kernel)

@@ -15,7 +15,7 @@ from rlnas_fast.errors import ConfigError, KernelUnavailable
 from rlnas_fast.ops import native
 from rlnas_fast.ops.masked_matmul import cost_model
 from rlnas_fast.ops.masked_matmul.reference import effective_weight
-from rlnas_fast.ops.masked_matmul.tile_mask import TileTensors
+from rlnas_fast.ops.masked_matmul.tile_mask import TileMask, TileTensors, unpack_bits
 
 __all__ = [
     "KERNELS",
@@ -63,8 +63,8 @@ class Packed(NamedTuple):
     """A masked weight in the form that one kernel reads; holds no reference to weight or mask."""
 
     kernel: str
-    mask: TileTensors
-    weight: torch.Tensor
+    mask: TileTensors  # as the kernel reads it
+    weight: torch.Tensor  # [N, K]
     buffers: tuple[torch.Tensor, ...]
     nonzeros: int
     product: Callable[..., None] | None = None  # the compiled kernel with weight and mask; None: dense
@@ -86,20 +86,52 @@ def pack(weight: torch.Tensor, mask: TileTensors, kernel: str) -> Packed:
         prepacked = dense.dtype == torch.float32 and dense.numel() and torch.backends.mkldnn.is_available()
         return Packed(kernel, frozen, dense, (dense.to_mkldnn(),) if prepacked else (), nonzeros)
     buffers: tuple[torch.Tensor, ...] = ()
-    if kernel == "tiles":
-        buffers = (torch.empty(_tile_floats(mask, False), dtype=torch.float32),)
-        threads = torch.get_num_threads()
-        _kernels().pack_tiles(_weight(weight, mask), False, BOTH, buffers[0].data_ptr(), threads)
-    elif kernel == "rows":
-        buffers = _pack_rows(weight, mask, False, fresh=True)
+    narrow = weight
+    if kernel == "direct":
+        narrow = weight = effective_weight(weight, mask)
     else:
-        weight = effective_weight(weight, mask)
+        narrow, frozen = _without_dead_columns(weight, frozen)
+    if kernel == "tiles":
+        buffers = (torch.empty(_tile_floats(frozen, False), dtype=torch.float32),)
+        threads = torch.get_num_threads()
+        _kernels().pack_tiles(_weight(narrow, frozen), False, BOTH, buffers[0].data_ptr(), threads)
+    elif kernel == "rows":
+        buffers = _pack_rows(narrow, frozen, False, fresh=True)
     product = _kernels().PackedProduct(
-        *(kernel, _weight(weight, frozen), tuple(map(_address, buffers)) if kernel == "rows" else (0, 0, 0)),
+        *(kernel, _weight(narrow, frozen), tuple(map(_address, buffers)) if kernel == "rows" else (0, 0, 0)),
         *(_address(buffers[0]) if kernel == "tiles" else 0, _address(frozen.input_permutation)),
         _address(frozen.output_permutation),
     )
-    return Packed(kernel, frozen, weight, buffers, nonzeros, product)
+    return Packed(kernel, frozen, weight, (*buffers, narrow), nonzeros, product)
+
+
+def _without_dead_columns(weight: torch.Tensor, mask: TileTensors) -> tuple[torch.Tensor, TileTensors]:
+    """The columns of weight and mask that lie in a live tile, where x is gathered anyway.
+
+    Then what the permutation does not name is not gathered.  Without one, x is read in vectors, and gathering
+    what is left would take longer.
+    """
+    order, width = mask.input_permutation, mask.tile[1]
+    live = (mask.state != 0).any(0)
+    if order is None or bool(live.all()) or not bool(live.any()):
+        return weight, mask
+    columns = live.repeat_interleave(width)[: mask.shape[1]]
+    narrow = weight[:, columns].contiguous()
+    made = TileMask(
+        narrow.shape,
+        mask.tile,
+        unstructured=mask.bits is not None,
+        int8=mask.payload is not None,
+        output_permutation=mask.output_permutation,
+    )
+    kept = None if mask.bits is None else unpack_bits(mask.bits, mask.shape[1])[:, columns]
+    made.update(state=mask.state[:, live], dense=kept)
+    tensors = made.tensors._replace(input_permutation=order[columns].contiguous())
+    if mask.payload is not None and mask.scale is not None:
+        tensors = tensors._replace(
+            payload=mask.payload[:, columns].contiguous(), scale=mask.scale[:, live].contiguous()
+        )
+    return narrow, tensors
 
 
 def pack_fastest(weight: torch.Tensor, mask: TileTensors, batch: int) -> Packed:
