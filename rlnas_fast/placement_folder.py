@@ -81,7 +81,7 @@ class PlacementConfig:
     control: bool = True
     latency_price: float = 0.0
     revert_below: float | None = None
-    explore_until: float = 0.7
+    explore_until: float = 0.3
     regimes: tuple[str, ...] = (CLEAN,)
     validation_batch: int = 128
     seed: int = 0
