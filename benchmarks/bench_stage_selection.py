@@ -33,31 +33,37 @@ import torch
 from cells import cell
 from harness import Row, main
 
-import rlnas_fast.placement.agents
+import rlnas_fast.placement.agent_parts
 import rlnas_fast.placement.inserter
+import rlnas_fast.placement.policy_agents
 import rlnas_fast.placement.probe
 import rlnas_fast.placement.procedure
 import rlnas_fast.placement.rewards
 import rlnas_fast.placement.supernet
+import rlnas_fast.placement.value_agents
 from rlnas_fast.compose import Component, make
 from rlnas_fast.placement.models import StageCNN
 from rlnas_fast.placement.supernet import OutcomeTable
 from rlnas_fast.placement_runs import place
 from rlnas_fast.report.curves import interval
 from rlnas_fast.search import Budget
-from rlnas_fast.tasks.task import Split, Task
+from rlnas_fast.tasks.task import Split, Task, stratified
 
 SEEDS = range(5)
 AGENTS = ("q-table", "dqn", "reinforce", "ppo")
 CHOSEN = "dqn"  # by validation tables alone; the figures with a bound are this agent's
 LEAST_HEADROOM = 0.3  # points
 ONLINE_AGENT = "q-table"
-ONLINE_OPTIONS = {"rows": 8}  # some 260 decisions are explored: 8 for each value
+# Uniform at first, so that no stage looks good for having been trained more often; then only the best.
+ONLINE_OPTIONS: dict[str, object] = {"rows": 4, "epsilon": 1.0}
 ONLINE: dict[str, dict[str, object]] = {
     "digits": {"validation_fraction": 0.4},
-    "fashion-mnist": {"validation_fraction": 0.5, "train_size": 2000},
+    "fashion-mnist": {"validation_fraction": 0.8, "train_size": 3000},
 }
-ONLINE_SETTINGS = {"epochs": 12, "recipe": {"batch_size": 64}, "block": {"subsample": 2}}
+JUDGES = {"digits": 144, "fashion-mnist": 1024}  # validation images that reward decisions; the rest is judged
+ONLINE_SETTINGS: dict[str, object] = {
+    "epochs": 12, "recipe": {"batch_size": 64}, "block": {"subsample": 2}, "explore_until": 0.3
+}  # fmt: skip
 TABLES_CODE = [
     stage_regimes,
     stage_study.small_cnn,
@@ -70,15 +76,20 @@ TABLES_CODE = [
     rlnas_fast.placement.supernet.outcome_table,
     rlnas_fast.placement.probe.layer_statistics,
 ]
+AGENTS_CODE = [
+    rlnas_fast.placement.agent_parts,
+    rlnas_fast.placement.policy_agents,
+    rlnas_fast.placement.value_agents,
+]
 CHOICES_CODE = [
-    rlnas_fast.placement.agents,
+    *AGENTS_CODE,
     rlnas_fast.placement.supernet.learn,
     stage_study.choices_of,
     stage_study.made,
     stage_study.LinUCB,
 ]
 ONLINE_CODE = [
-    rlnas_fast.placement.agents,
+    *AGENTS_CODE,
     rlnas_fast.placement.inserter,
     rlnas_fast.placement.probe,
     rlnas_fast.placement.procedure,
@@ -210,11 +221,14 @@ def online(quick: bool) -> list[Row]:
 
 
 def placed(run: tuple[str, str, int]) -> np.ndarray:
-    """Final validation accuracy in percent, and whether the policy collapsed, of one placement run."""
+    """Accuracy in percent of the network that a run ends with, and whether the policy collapsed."""
     data, agent, seed = run
     torch.set_num_threads(1)
     name = f"online {data} {agent} {seed}"
-    options = ONLINE_OPTIONS if agent == ONLINE_AGENT else {}
+    learns = agent == ONLINE_AGENT
+    options = ONLINE_OPTIONS if learns else {}
+    # What is always the same need not be decided and rewarded for each batch; the training is, bit for bit.
+    settings = ONLINE_SETTINGS | ({} if learns else {"decide": "epoch"})
 
     def compute() -> np.ndarray:
         torch.manual_seed(seed)
@@ -224,19 +238,26 @@ def placed(run: tuple[str, str, int]) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:  # kept ones would outlive a change of the code
             result = place(
                 network, task_of(data), agent=agent, seed=seed, device="cpu", out=Path(folder) / "run",
-                stages=stage_study.STAGES, agent_options=options, **ONLINE_SETTINGS,
+                stages=stage_study.STAGES, agent_options=options, **settings,
             )  # fmt: skip
-        return np.array([100 * result.accuracy, float(result.collapsed)])
+        return np.array([100 * result.test_accuracy, float(result.collapsed)])
 
-    return cell(f"{name} {ONLINE[data]} {ONLINE_SETTINGS} {options}", [*ONLINE_CODE, placed], compute)
+    key = f"{name} {ONLINE[data]} {JUDGES[data]} {settings} {options}"
+    return cell(key, [*ONLINE_CODE, placed, task_of], compute)
 
 
 @lru_cache
 def task_of(data: str) -> Task:
-    """The data of the online part; of its test images, which nothing is made of, a hundred."""
+    """The data of the online part, without their test images.
+
+    In the place of these, where a run looks once, at its end, stand the validation images that judge no
+    decision: those that do would flatter what was chosen by them.
+    """
     task = make("task", Component(name=data, options=ONLINE[data]))
-    test = task.test_split()
-    return dataclasses.replace(task, _test=Split(test.x[:100], test.y[:100]))
+    x, y = task.validation.x, task.validation.y
+    judges = stratified(y, JUDGES[data], np.random.default_rng(0))
+    rest = np.setdiff1d(np.arange(len(y)), judges)
+    return dataclasses.replace(task, validation=Split(x[judges], y[judges]), _test=Split(x[rest], y[rest]))
 
 
 def online_rows(data: str, found: dict[str, np.ndarray]) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -13,6 +14,7 @@ from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from .errors import ConfigError, RunError
 from .placement.batches import CLEAN
@@ -24,6 +26,7 @@ from .storage.writer_lock import WriterLock
 __all__ = ["PlacementConfig", "PlacementFolder", "Progress", "Silent", "saved_config", "write_text"]
 
 CONFIG, CHECKPOINT, DECISIONS = "placement.json", "checkpoint.pt", "decisions.jsonl"
+STRUCTURE = "structure"  # beside the settings: a digest of the network's layers and shapes
 SAVE_SECONDS = 20.0
 UNREADABLE = (
     OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError
@@ -78,7 +81,7 @@ class PlacementConfig:
     control: bool = True
     latency_price: float = 0.0
     revert_below: float | None = None
-    explore_until: float = 0.7
+    explore_until: float = 0.3
     regimes: tuple[str, ...] = (CLEAN,)
     validation_batch: int = 128
     seed: int = 0
@@ -121,13 +124,20 @@ class PlacementFolder:
         self._lock.release()
 
     def restore(self) -> bool:
-        """Goes back to the last checkpoint; False where there is none."""
+        """Goes back to the last checkpoint; False where there is none.
+
+        Raises:
+            RunError: the folder holds something else, a run with other settings or of a network with other
+                layers, or a checkpoint that cannot be read.
+        """
+        structure = _structure(self.placement.network)
         if not (self.folder / CONFIG).exists():
             others = [entry.name for entry in self.folder.iterdir() if entry.name != "lock"]
             others = [name for name in others if not name.startswith(".")]
             if others:
                 raise RunError(f"{self.folder} is there and is not empty: choose another --out")
-            write_text(self.folder / CONFIG, json.dumps(_plain(self.config), indent=2))
+            settings = _plain(self.config) | {STRUCTURE: structure}
+            write_text(self.folder / CONFIG, json.dumps(settings, indent=2))
         else:
             before, now = _plain(saved_config(self.folder)), _plain(self.config)
             changed = [
@@ -137,6 +147,11 @@ class PlacementFolder:
                 raise RunError(
                     f"{self.folder} holds a run with other settings ({', '.join(changed)}): "
                     "choose another --out"
+                )
+            if _saved(self.folder)[STRUCTURE] != structure:
+                raise RunError(
+                    f"{self.folder} holds a run of a network with other layers or shapes: give the one that "
+                    "it was started with, or choose another --out"
                 )
         checkpoint = self.folder / CHECKPOINT
         if not checkpoint.exists():
@@ -211,13 +226,35 @@ def saved_config(folder: Path) -> PlacementConfig:
     Raises:
         RunError: ``folder`` is no placement run.
     """
+    saved = _saved(folder)
+    del saved[STRUCTURE]
     try:
-        saved = json.loads((folder / CONFIG).read_text())
         for name in ("stages", "regimes"):
             saved[name] = None if saved[name] is None else tuple(saved[name])
         return PlacementConfig(**saved)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{folder} is not a placement run that can be read: {error}") from error
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        saved[STRUCTURE] = str(saved[STRUCTURE])
+        return saved
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"{folder} is not a placement run that can be read: {error}") from error
+
+
+def _structure(network: nn.Module) -> str:
+    """A digest of names and types of modules, what PyTorch's own say of themselves, and all shapes."""
+    lines = [
+        f"{name} {type(module).__qualname__} "
+        + (module.extra_repr() if type(module).__module__.startswith("torch.") else "")
+        for name, module in network.named_modules()
+    ]
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    lines += [f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _plain(config: PlacementConfig) -> dict[str, Any]:

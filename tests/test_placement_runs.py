@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import rlnas_fast as rf
 from rlnas_fast.errors import ConfigError, DataError, RunError, ShapeError
 from rlnas_fast.placement.agents import QTableAgent
+from rlnas_fast.placement.models import StageCNN
 from rlnas_fast.tasks.digits import digits
 from rlnas_fast.training.data import DeviceData
 
@@ -194,6 +195,20 @@ def test_a_folder_with_something_else_is_named(tmp_path: Path) -> None:
         rf.place("stage-cnn", "digits", out=tmp_path / "run", **SMALL | {"epochs": 1})
     with pytest.raises(RunError, match="no trained network"):
         rf.load_placed(tmp_path / "full")
+
+
+def test_a_run_does_not_go_on_with_a_network_of_another_structure(tmp_path: Path) -> None:
+    rf.place(StageCNN(1, 10, width=4), "digits", out=tmp_path / "run", **SMALL | {"epochs": 1})
+    wider, strided = StageCNN(1, 10, width=5), StageCNN(1, 10, width=4)
+    strided.stage1[0][0].stride = (2, 2)
+    for other in (wider, strided):
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(RunError, match="a network with other layers or shapes: give the one") as error:
+            rf.place(other, "digits", out=tmp_path / "run", **SMALL | {"epochs": 1})
+        assert "\n" not in str(error.value)
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    again = rf.place(StageCNN(1, 10, width=4), "digits", out=tmp_path / "run", **SMALL | {"epochs": 1})
+    assert again.summary["epochs"]  # the same one goes on, here from the end
 
 
 KILLED = """

@@ -41,7 +41,7 @@ def place(
     ] = None,
     explore_until: Annotated[
         float, typer.Option(help="Share of the training after which nothing is tried any more.")
-    ] = 0.7,
+    ] = 0.3,
     regimes: Annotated[str, typer.Option(help="Of the images, e.g. clean,noise:0.5,blur.")] = "clean",
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda:0, ... or auto.")] = "auto",

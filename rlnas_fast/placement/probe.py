@@ -46,9 +46,10 @@ class LayerStatistics(NamedTuple):
 class ActivationProbe:
     """Watches layers through forward hooks and keeps statistics of their latest activations, detached.
 
-    A hook looks at every n-th position of every channel, so that about ``values`` values are seen; equal
-    activations give equal statistics.  What is kept of a pass are the sums that five numbers a layer need.
-    A layer with a block inserted is watched before the block.
+    A hook takes every n-th position of every channel, so that about ``values`` values are seen; equal
+    activations give equal statistics.  That copy is all that a pass costs and all that is kept of it, on the
+    device; what it says is worked out when it is asked for.  A layer with a block inserted is watched before
+    the block.
 
     Args:
         network: any module; a compiled one counts as the module it was made from.  Attach the probe before
@@ -74,7 +75,7 @@ class ActivationProbe:
             if name not in known:
                 raise unknown_name("layer", name, known)
         self._values = values
-        self._seen: dict[str, _Sums] = {}
+        self._seen: dict[str, Tensor] = {}  # float32 [C, n]
         self._stop_when_seen = False
         # A layer that stands behind a block's wrapper is reached by the name of the wrapper.
         modules = {name: _behind(known[name]) for name in self.layers}
@@ -91,7 +92,7 @@ class ActivationProbe:
     @property
     def statistics(self) -> dict[str, LayerStatistics]:
         """Of the latest pass, by layer; a layer that has not run yet is left out."""
-        return {name: self._seen[name].statistics() for name in self.layers if name in self._seen}
+        return {name: self._statistics(self._seen[name]) for name in self.layers if name in self._seen}
 
     def state(self) -> Tensor:
         """Float32 [F] on the CPU: the statistics of the latest pass, layer by layer; log(1 + v) of variances.
@@ -102,15 +103,15 @@ class ActivationProbe:
         missing = [name for name in self.layers if name not in self._seen]
         if missing:
             raise DataError(f"layer {missing[0]!r} has not run since the probe was attached")
-        table = torch.tensor(list(self.statistics.values()), dtype=torch.float32)
+        table = np.array(list(self.statistics.values()))
         for name, row in zip(self.layers, table, strict=True):
-            if not torch.isfinite(row).all():
+            if not np.isfinite(row).all():
                 raise DataError(
                     f"layer {name!r} has NaN or infinite activations: "
                     "the batch has them, or training diverged"
                 )
-        table[:, 1].log1p_()
-        return table.flatten()
+        table[:, 1] = np.log1p(table[:, 1])
+        return torch.from_numpy(table.astype(np.float32).ravel())
 
     def observe(self, batch: Tensor) -> Tensor:
         """``state`` of ``batch``: runs the network in evaluation mode, no further than the last layer.
@@ -153,6 +154,9 @@ class ActivationProbe:
     ) -> None:
         self.close()
 
+    def _statistics(self, sampled: Tensor) -> LayerStatistics:
+        return _statistics(sampled, thin=self._values is not None)
+
     def _look(self, name: str, output: Any) -> None:
         if not isinstance(output, Tensor) or output.dim() < 2 or not output.is_floating_point():
             what = (
@@ -163,7 +167,7 @@ class ActivationProbe:
             raise ShapeError(
                 f"layer {name!r} answers with {what}; a probe needs floating-point [batch, channels, ...]"
             )
-        self._seen[name] = _summed(output, self._values)
+        self._seen[name] = _sampled(output, self._values)
         if self._stop_when_seen and len(self._seen) == len(self.layers):
             raise _SeenAllError
 
@@ -203,74 +207,52 @@ def layer_statistics(activations: Tensor, *, values: int | None = None) -> Layer
         activations: [B, C, *space], any floating dtype.
         values: look at about so many; None looks at all.
     """
-    return _summed(activations, values).statistics()
-
-
-class _Sums(NamedTuple):
-    """What is left of a layer's activations after a pass; on their device, so that nobody waits for it."""
-
-    means: Tensor  # [C]
-    halves: Tensor  # [2, C, C] covariances about the common means
-    nonzero: Tensor  # count
-    counts: Tensor  # [BINS] of the histogram
-    zeros: Tensor  # how many of those are exactly 0
-    zero_bin: Tensor  # and in which bin
-    values: int
-
-    def statistics(self) -> LayerStatistics:
-        means, halves, counts = (t.cpu().double().numpy() for t in (self.means, self.halves, self.counts))
-        variances = np.einsum("hcc->c", halves) / 2
-        variance = variances.mean() + means.var()
-        if not np.isfinite(variance):
-            return LayerStatistics(*[math.nan] * 5)
-        counts[int(self.zero_bin)] -= int(self.zeros)
-        counts = np.append(counts, int(self.zeros))
-        share = counts[counts > 0] / counts.sum()
-        entropy = -(share * np.log(share)).sum() + (len(share) - 1) / (2 * counts.sum())
-        channels = len(means)
-        square = 0.0
-        if channels > 1:
-            scale = np.divide(1, variances, out=np.zeros_like(variances), where=variances > 1e-12)
-            products = halves[0] * halves[1]
-            square = scale @ products @ scale - (np.diagonal(products) * scale**2).sum()
-            square /= channels * (channels - 1)
-        sparsity = 1 - int(self.nonzero) / self.values
-        correlation = math.sqrt(max(square, 0.0))
-        return LayerStatistics(float(means.mean()), float(variance), float(entropy), sparsity, correlation)
+    return _statistics(_sampled(activations, values), thin=values is not None)
 
 
 @torch.no_grad()
-def _summed(activations: Tensor, values: int | None) -> _Sums:
-    rows = _sampled(activations, values)
+def _statistics(rows: Tensor, *, thin: bool) -> LayerStatistics:
+    """Of values [C, n]; with ``thin`` the entropy is of about ``ENTROPY_VALUES`` of them.
+
+    What is small is done in NumPy: an operator of torch takes longer to call.
+    """
     channels, positions = rows.shape
-    means = rows.mean(dim=1)
-    centred = rows - means[:, None]
+    every = _coprime(max(1, rows.numel() // ENTROPY_VALUES), positions) if thin else 1
+    some = rows[:, ::every].cpu().numpy()
+    signs = rows.sign().flatten()
+    nonzero = float(signs.dot(signs))  # count_nonzero takes six times as long on a CPU: it branches
+    row_means = rows.mean(dim=1, keepdim=True)
+    centred = rows - row_means
     half = positions // 2
-    if half:
-        halves = torch.stack(
-            [part @ part.mT / part.shape[1] for part in (centred[:, :half], centred[:, half:])]
-        )
-    else:
-        halves = centred.new_zeros(2, channels, channels)
-    thin = 1 if values is None else _coprime(max(1, rows.numel() // ENTROPY_VALUES), positions)
-    some = rows[:, ::thin]
-    mean = means.mean()
-    variance = halves.diagonal(dim1=1, dim2=2).mean() + (means - mean).square_().mean()
-    scale = (BINS / (2 * REACH)) / variance.sqrt_().clamp_min_(1e-12)
-    origin = BINS / 2 - mean * scale
-    bins = torch.addcmul(origin, some, scale).clamp_(0, BINS - 1)
-    if bins.is_cuda:  # where bincount would wait for the device
-        counts = torch.histc(bins, BINS, 0, BINS)
-    else:
-        counts = torch.bincount(bins.nan_to_num_().to(torch.int64).flatten(), minlength=BINS)
-    zeros = some.numel() - _nonzero(some)
-    zero_bin = origin.clamp_(0, BINS - 1)
-    return _Sums(means, halves, _nonzero(rows), counts, zeros, zero_bin, rows.numel())
+    parts = centred[:, :half], centred[:, half:]
+    first, second = ((part @ part.mT).cpu().numpy().astype(float) for part in parts)
+    means = row_means.cpu().numpy().astype(float)
+    variances = (first.diagonal() + second.diagonal()) / positions
+    mean, variance = float(means.mean()), float(variances.mean() + means.var())
+    if not math.isfinite(variance):
+        return LayerStatistics(*[math.nan] * 5)
+    square = 0.0
+    if channels > 1 and half:
+        scale = np.divide(1, variances, out=np.zeros_like(variances), where=variances > 1e-12)
+        products = first * second
+        square = scale @ products @ scale - products.diagonal() @ scale**2
+        square /= half * (positions - half) * channels * (channels - 1)
+    sparsity = 1 - nonzero / rows.numel()
+    return LayerStatistics(
+        mean, variance, _entropy(some, mean, math.sqrt(variance)), sparsity, math.sqrt(max(square, 0.0))
+    )
 
 
-def _nonzero(rows: Tensor) -> Tensor:
-    """How many.  ``count_nonzero`` takes six times as long on a CPU: it branches at every value."""
-    return rows.sign().abs_().sum(dim=1).double().sum()
+def _entropy(values: np.ndarray, mean: float, deviation: float) -> float:
+    """In nats; see ``layer_statistics``."""
+    scale = BINS / (2 * REACH) / max(deviation, 1e-12)
+    bins = values * np.float32(scale)
+    bins += np.float32(BINS / 2 - mean * scale)
+    np.minimum(np.maximum(bins, 0, out=bins), BINS - 1, out=bins)
+    bins[values == 0] = BINS
+    counts = np.bincount(bins.astype(np.intp).ravel())
+    share = counts[counts > 0] / values.size
+    return float(-(share @ np.log(share)) + (len(share) - 1) / (2 * values.size))
 
 
 def _step(about: int, space: tuple[int, ...]) -> int:
@@ -299,18 +281,19 @@ def _coprime(least: int, number: int) -> int:
 
 
 def _sampled(activations: Tensor, values: int | None) -> Tensor:
-    """Float32 [C, n]: every channel at every n-th position, one sample after another."""
+    """Float32 [C, n], a copy: every channel at every n-th position, one sample after another."""
     x = activations.detach()
     if values is None or x.numel() < 2 * values:
-        return x.flatten(2).transpose(0, 1).flatten(1).float() if x.dim() > 2 else x.mT.float()
+        swapped = x.transpose(0, 1)
+        return swapped.to(torch.float32, copy=True, memory_format=torch.contiguous_format).flatten(1)
     places = _places(tuple(x.shape), x.stride(), values, x.device)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.as_strided((extent,), (1,)).index_select(0, places.flatten()).reshape(places.shape).float()
+    return x.as_strided((extent,), (1,)).index_select(0, places).view(x.shape[1], -1).float()
 
 
 @lru_cache(maxsize=64)
 def _places(shape: tuple[int, ...], strides: tuple[int, ...], values: int, device: torch.device) -> Tensor:
-    """Int64 [C, n]: where in memory the values are."""
+    """Int [C n]: where in memory the values are."""
     batch, channels, *space = shape
     positions = math.prod(space)
     step = _step(math.prod(shape) // values, tuple(space))
@@ -318,4 +301,6 @@ def _places(shape: tuple[int, ...], strides: tuple[int, ...], values: int, devic
     place, rest = (walk // positions) * strides[0], walk % positions
     for size, stride in zip(reversed(space), reversed(strides[2:]), strict=True):
         place, rest = place + (rest % size) * stride, rest // size
-    return (torch.arange(channels)[:, None] * strides[1] + place).to(device)
+    places = (torch.arange(channels)[:, None] * strides[1] + place).flatten()
+    small = int(places.max()) < 2**31
+    return places.to(device, torch.int32 if small else torch.int64)

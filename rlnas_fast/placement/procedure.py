@@ -96,8 +96,9 @@ class Placement:
         decide: a new decision for every "batch", at every change of the "regime", or every "epoch".
         revert_below: after a smaller reward the network, its blocks and its optimiser are set back to what
             they were before the decision, and decisions taken since are forgotten; None never does.
-        explore_until: share of the training after which the agent only does what it thinks best, so that the
-            network ends with the blocks, and BatchNorm with the statistics, that it will be used with.
+        explore_until: share of the training after which the agent only does what it thinks best, so that
+            the chosen block is trained for most of the passes, as one that always was there would be, and
+            the network ends with the statistics of BatchNorm that it will be used with.
         label_smoothing: of the training loss.
         added_latency: of each action, where it has a price.
         forward: what answers in training passes, such as a compiled form of the network; None is the network.
@@ -127,7 +128,7 @@ class Placement:
         rule: RewardRule | None = None,
         decide: str = "batch",
         revert_below: float | None = None,
-        explore_until: float = 0.7,
+        explore_until: float = 0.3,
         label_smoothing: float = 0.0,
         added_latency: AddedLatency | None = None,
         forward: Callable[[Tensor], Tensor] | None = None,
