@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from harness import Row, interleaved, main, ratio
 from torch import Tensor, nn
 
+from rlnas_fast.networks import ResNet, StageCNN
 from rlnas_fast.placement.inserter import NonLocalInserter
-from rlnas_fast.placement.models import resnet20, stage_cnn
 from rlnas_fast.placement.probe import ActivationProbe, layer_statistics
 from rlnas_fast.placement.stages import find_stages, replace
 
 INPUTS = 3  # rotated, so that no run finds its own input in the nearest cache
 STAGES = ("stage1", "stage2", "stage3")
-NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {"stage-cnn": stage_cnn, "resnet20": resnet20}
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {"stage-cnn": StageCNN, "resnet20": ResNet}
 
 
 class Textbook(nn.Module):

@@ -42,7 +42,7 @@ import rlnas_fast.placement.rewards
 import rlnas_fast.placement.supernet
 import rlnas_fast.placement.value_agents
 from rlnas_fast.compose import Component, make
-from rlnas_fast.placement.models import StageCNN
+from rlnas_fast.networks import StageCNN
 from rlnas_fast.placement.supernet import OutcomeTable
 from rlnas_fast.placement_runs import place
 from rlnas_fast.report.curves import interval

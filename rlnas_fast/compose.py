@@ -32,6 +32,8 @@ from .errors import ConfigError, unknown_name
 from .search import rewards
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .hardware.latency_table import LatencyTable
 
 COMPONENTS: dict[str, dict[str, str]] = {
@@ -339,6 +341,31 @@ def find(kind: str, name: str) -> Any:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{kind} {name!r} cannot be imported: {error}") from error
+
+
+def network_of(name: str, spec: search.TaskSpec) -> nn.Module:
+    """The network for ``spec`` that one of our names, or ``module:attribute`` of the user's, stands for.
+
+    The attribute is a module or makes one, of nothing or of (channels, classes).
+    """
+    from torch import nn
+
+    from .networks import make_network
+
+    if ":" not in name:
+        return make_network(name, spec)
+    made: Any = find("network", name)
+    if not isinstance(made, nn.Module):
+        try:
+            needed = [p for p in inspect.signature(made).parameters.values() if p.default is p.empty]
+            made = made(spec.input_shape[0], spec.outputs) if len(needed) == 2 else made()
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{name} makes no network of nothing or of (channels, classes): {error}"
+            ) from error
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"{name} makes a {type(made).__name__}, not a torch.nn.Module")
+    return made
 
 
 def options_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:

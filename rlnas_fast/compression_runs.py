@@ -130,7 +130,7 @@ def compress(
     are not made again.
 
     Args:
-        model: a trained module, which stays as it is; or a named network (``compression.networks``), which
+        model: a trained module, which stays as it is; or a named network (``rlnas_fast.networks``), which
             is trained first; a file with weights of one (safetensors, or a state dict of ``torch.save``);
             the folder of a finished ``rlnas search``; or ``module:attribute`` that makes a trained module.
         task: a task's name, a table {"name": ..., option: ...}, a .npz file, or a task.
@@ -223,9 +223,9 @@ def _check(settings: Settings, source: Source, task: Task) -> None:
     """Refuses what cannot be done before anything is written or trained."""
     from .compression.heuristics import METHODS, check_density
     from .compression.layers import prunable
-    from .compression.networks import make_network
     from .compression.operations import Groups
     from .compression.problem import Problem
+    from .networks import make_network
 
     known = (*METHODS, *_searches())
     if settings.method not in known:
@@ -318,8 +318,9 @@ def _base(
     """The trained network: as given, from the folder, or trained now."""
     from safetensors.torch import load_file
 
+    from .compression.base_network import train_network
     from .compression.compressed import save_tensors
-    from .compression.networks import make_network, train_network
+    from .networks import make_network
 
     if source.module is not None:
         return source.module

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .compose import COMPONENTS, Component, find, make
+from .compose import COMPONENTS, Component, make, network_of
 from .errors import ConfigError, DataError, unknown_name
 from .runs import load_child, read_best, saved_config
 from .search import Architecture, TaskSpec
@@ -50,7 +50,7 @@ def source_of(model: str | nn.Module, task: Task) -> Source:
     """
     from torch import nn
 
-    from .compression.networks import NETWORKS, make_network, named_after
+    from .networks import NETWORKS, make_network, named_after
 
     if isinstance(model, nn.Module):
         return Source(type(model).__name__, None, None, model)
@@ -81,14 +81,7 @@ def source_of(model: str | nn.Module, task: Task) -> Source:
         known.load_state_dict(state)
         return Source(name, str(path.resolve()), {"network": name, "task_spec": spec}, known.eval())
     if ":" in model:
-        made: Any = find("network", model)
-        try:
-            module = made if isinstance(made, nn.Module) else made()
-        except TypeError as error:
-            raise ConfigError(f"{model} cannot be called without arguments: {error}") from error
-        if not isinstance(module, nn.Module):
-            raise ConfigError(f"{model} makes a {type(module).__name__}, not a torch.nn.Module")
-        return Source(model, model, None, module)
+        return Source(model, model, None, network_of(model, task.spec))
     if path.suffix or os.sep in model:
         raise ConfigError(f"model {model!r}: there is no such file or folder")
     raise unknown_name("network", model, NETWORKS)
@@ -119,7 +112,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def rebuilt(origin: Any) -> nn.Module | None:
     """The network that a saved file says it came from: ours only."""
-    from .compression.networks import make_network
+    from .networks import make_network
 
     if origin is None:
         return None

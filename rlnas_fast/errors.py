@@ -41,6 +41,7 @@ class MeterError(RlnasError, RuntimeError):
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Makes the error for a name that does not exist, with the nearest one that does."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    begun = [each for each in names if name and each.startswith(name)]
+    near = begun or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
     return ConfigError(f"unknown {kind} {name!r}: {hint}")

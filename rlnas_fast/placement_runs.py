@@ -17,19 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compose import Component, find, make, resolve_device
-from .errors import ConfigError, DataError, RunError, unknown_name
+from .compose import Component, make, network_of, resolve_device
+from .errors import ConfigError, DataError, RunError
 from .placement.agents import StageAgent, make_agent
 from .placement.batches import CLEAN, Batches, LoaderBatches, TaskBatches
 from .placement.inserter import NONE, NonLocalInserter
-from .placement.models import resnet20, stage_cnn
 from .placement.probe import ActivationProbe
 from .placement.procedure import FixedAgent, Placement, collapse_of
 from .placement.rewards import RewardRule, added_latency
 from .placement.stages import as_it_came_on_failure, plain_network
 from .placement_folder import PlacementConfig, PlacementFolder, Progress, Silent, saved_config, write_text
 from .report.placements import choices_of, gain_of, save_placement_picture
-from .search import Budget
+from .search import Budget, TaskSpec
 from .search.archives import replace_file
 from .tasks.task import Task
 from .training.data import DeviceData, on_device
@@ -39,7 +38,6 @@ from .training.recipe import Recipe
 __all__ = ["PlacementConfig", "PlacementResult", "Progress", "load_placed", "place", "resume_place"]
 
 FIXED = "fixed:"
-NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {"resnet20": resnet20, "stage-cnn": stage_cnn}
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def place(
 
     Args:
         model: your own module, which is trained in place, left as it came if anything fails, and whose
-            class is not touched; or a name: "resnet20", "stage-cnn", or ``module:attribute`` that is a
+            class is not touched; or a name of ``rlnas_fast.networks``, or ``module:attribute`` that is a
             module or makes one (of nothing, or of channels and classes).
         data: a task by name, a ``Task``, or (training loader, validation loader) of (x, y) or
             (x, y, regime).
@@ -148,7 +146,7 @@ def load_placed(folder: str | Path, model: nn.Module | None = None) -> nn.Module
     if model is None:
         if saved["model"].startswith("object "):
             raise RunError(f"{folder} was started with an {saved['model']}: give a fresh one as `model`")
-        model = _built(saved["model"], saved["channels"], saved["classes"])
+        model = network_of(saved["model"], TaskSpec(tuple(saved["input_shape"]), saved["classes"]))
     if saved["stage"] != NONE:
         example = torch.zeros(2, *saved["input_shape"])
         inserter = NonLocalInserter(model.train(), example, [saved["stage"]], **saved["block"])
@@ -297,7 +295,6 @@ def _save_network(
         "model": config.model,
         "stage": stage,
         "block": dict(config.block),
-        "channels": x.shape[1],
         "classes": classes,
         "input_shape": list(x.shape[1:]),
     }
@@ -321,24 +318,7 @@ def _network(
         return plain, None if plain is model else model
     if task is None:
         raise ConfigError(f"model {model!r} is a name and the data are loaders: give the module itself")
-    return _built(model, task.spec.input_shape[0], task.spec.outputs), None
-
-
-def _built(name: str, channels: int, classes: int) -> nn.Module:
-    if name not in NETWORKS and ":" not in name:
-        raise unknown_name("model", name, NETWORKS)
-    made: Any = NETWORKS[name] if name in NETWORKS else find("model", name)
-    if not isinstance(made, nn.Module):
-        try:
-            wanted = [p for p in inspect.signature(made).parameters.values() if p.default is p.empty]
-            made = made(channels, classes) if len(wanted) == 2 else made()
-        except TypeError as error:
-            raise ConfigError(
-                f"{name} makes no network of ({channels}, {classes}) or of nothing: {error}"
-            ) from error
-    if not isinstance(made, nn.Module):
-        raise ConfigError(f"{name} makes a {type(made).__name__}, not a torch.nn.Module")
-    return made
+    return network_of(model, task.spec), None
 
 
 def _agent(agent: Any, config: PlacementConfig, features: int, names: Sequence[str]) -> StageAgent:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import rlnas_fast as rf
 from rlnas_fast.errors import ConfigError, DataError, RunError, ShapeError
+from rlnas_fast.networks import StageCNN
 from rlnas_fast.placement.agents import QTableAgent
-from rlnas_fast.placement.models import StageCNN
 from rlnas_fast.tasks.digits import digits
 from rlnas_fast.training.data import DeviceData
 

@@ -237,7 +237,9 @@ def show(folder: RunFolder, as_json: AsJson = False) -> None:
 
 @app.command()
 def measure(
-    network: Annotated[str, typer.Argument(help="A run folder, or module:attribute that makes a module.")],
+    network: Annotated[
+        str, typer.Argument(help="A run folder, a name (resnet20, ...) or your module:attribute.")
+    ],
     shape: Annotated[str | None, typer.Option(help="Of one sample, e.g. 3,32,32.")] = None,
     batch: Annotated[int, typer.Option(help="Samples in one pass.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",

@@ -5,35 +5,34 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..compose import find, resolve_device
+from ..compose import network_of, resolve_device
 from ..errors import ConfigError
 from ..hardware.measure import Latency, ModuleCost, measure_module
+from ..networks import NETWORKS
 from ..runs import load_child, read_best, saved_config
+from ..search import TaskSpec
 
+CLASSES = 10  # of a network that has a name and no task
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def measure_network(
     network: str, *, shape: tuple[int, ...] | None, batch: int, dtype: str, device: str, as_json: bool
 ) -> None:
-    """Measures the winner of a run folder, or the module that ``module:attribute`` makes."""
+    """Measures the winner of a run folder, one of our networks, or what ``module:attribute`` makes."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if batch < 1:
         raise ConfigError(f"batch = {batch}: give at least 1")
     if shape is not None and min(shape) < 1:
         raise ConfigError(f"--shape {','.join(map(str, shape))}: give sizes of at least 1")
-    module, own_shape = _load(network)
-    shape = shape or own_shape
-    if shape is None:
-        raise ConfigError(f"{network} does not say what it takes: give --shape, e.g. --shape 3,32,32")
+    module, shape = _load(network, shape)
     kind = getattr(torch, dtype)
     where = resolve_device(device)
     cost = measure_module(module.to(kind), torch.randn(batch, *shape).to(kind), where)
@@ -43,24 +42,20 @@ def measure_network(
         _print(cost)
 
 
-def _load(network: str) -> tuple[nn.Module, tuple[int, ...] | None]:
-    if not Path(network).is_dir() and ":" not in network:
-        raise ConfigError(
-            f"{network} is no run folder; name one, or write module:attribute for a network of your own"
-        )
+def _load(network: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, tuple[int, ...]]:
     if Path(network).is_dir():
         module = load_child(network).to(memory_format=torch.channels_last)
         torch.set_num_threads(saved_config(Path(network)).threads)  # both as the search measured it
-        return module, tuple(read_best(Path(network))["task_spec"]["input_shape"])
+        return module, shape or tuple(read_best(Path(network))["task_spec"]["input_shape"])
 
-    made: Any = find("network", network)
-    try:
-        module = made if isinstance(made, nn.Module) else made()
-    except TypeError as error:
-        raise ConfigError(f"{network} cannot be called without arguments: {error}") from error
-    if not isinstance(module, nn.Module):
-        raise ConfigError(f"{network} makes a {type(module).__name__}, not a torch.nn.Module")
-    return module, None
+    if ":" not in network and network not in NETWORKS:
+        raise ConfigError(
+            f"{network} is no run folder and no network of ours ({', '.join(NETWORKS)}); "
+            "name one, or write module:attribute for a network of your own"
+        )
+    if shape is None:
+        raise ConfigError(f"{network} does not say what it takes: give --shape, e.g. --shape 3,32,32")
+    return network_of(network, TaskSpec(shape, CLASSES)), shape
 
 
 def _print(cost: ModuleCost) -> None:

@@ -21,7 +21,9 @@ GROUPS = ("block", "agent", "recipe", "task")
 
 
 def place(
-    model: Annotated[str, typer.Option(help="resnet20, stage-cnn, or your module:attribute.")] = "stage-cnn",
+    model: Annotated[
+        str, typer.Option(help="stage-cnn, resnet20, ..., or your module:attribute.")
+    ] = "stage-cnn",
     data: Annotated[str, typer.Option(help="What to learn; see `rlnas tasks`.")] = "digits",
     stages: Annotated[str | None, typer.Option(help="Modules, with commas (default: found).")] = None,
     agent: Annotated[

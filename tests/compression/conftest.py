@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlnas_fast.compression.networks import train_network
+from rlnas_fast.compression.base_network import train_network
 from rlnas_fast.ops.masked_matmul import cost_model
 from rlnas_fast.tasks.digits import digits
 from rlnas_fast.tasks.task import Task

@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from rlnas_fast.errors import ConfigError, DataError, RlnasError, ShapeError
+from rlnas_fast.networks import ResNet, StageCNN
 from rlnas_fast.placement.inserter import NonLocalInserter
-from rlnas_fast.placement.models import resnet20, stage_cnn
 from rlnas_fast.placement.stages import find_stages, generate_non_local_block
 
 
@@ -68,7 +68,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-@pytest.mark.parametrize("make", [stage_cnn, resnet20])
+@pytest.mark.parametrize("make", [StageCNN, ResNet])
 def test_the_last_module_at_each_size_is_found(make: Callable[[int, int], nn.Module]) -> None:
     stages = find_stages(make(3, 10), batch(16))
     assert [stage.name for stage in stages] == ["stage1", "stage2", "stage3"]
@@ -90,7 +90,7 @@ def test_a_block_fits_what_flows(dims: int) -> None:
 
 
 def test_a_new_block_is_the_identity_and_leaves_the_random_state() -> None:
-    network, x = stage_cnn(3, 10), batch()
+    network, x = StageCNN(3, 10), batch()
     before = network.eval()(x)
     network.train()
     state = torch.get_rng_state()
@@ -106,7 +106,7 @@ def test_a_new_block_is_the_identity_and_leaves_the_random_state() -> None:
 def test_inserting_and_removing_leaves_no_trace(
     make: Callable[[nn.Module], torch.optim.Optimizer],
 ) -> None:
-    network, x = resnet20(3, 10), batch()
+    network, x = ResNet(3, 10), batch()
     optimizer = make(network)
     train_step(network, optimizer, x)
     before = picture(network, optimizer)
@@ -119,7 +119,7 @@ def test_inserting_and_removing_leaves_no_trace(
 
 @pytest.mark.parametrize("make", [sgd, adamw])
 def test_a_saved_state_comes_back_bit_for_bit(make: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
-    network, x = stage_cnn(3, 10), batch()
+    network, x = StageCNN(3, 10), batch()
     optimizer = make(network)
     inserter = NonLocalInserter(network, x, optimizer=optimizer)
     for stage in (1, 2, 1):
@@ -139,7 +139,7 @@ def test_a_saved_state_comes_back_bit_for_bit(make: Callable[[nn.Module], torch.
 
 
 def test_the_blocks_weights_and_momentum_wait_for_their_stage() -> None:
-    network, x = stage_cnn(3, 10), batch()
+    network, x = StageCNN(3, 10), batch()
     optimizer = adamw(network)
     inserter = NonLocalInserter(network, x, optimizer=optimizer)
     inserter.insert(1)
@@ -165,7 +165,7 @@ def test_the_blocks_weights_and_momentum_wait_for_their_stage() -> None:
 
 
 def test_a_schedule_and_named_parameters_go_on_working() -> None:
-    network, x = stage_cnn(3, 10), batch()
+    network, x = StageCNN(3, 10), batch()
     optimizer = torch.optim.SGD(network.named_parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     inserter = NonLocalInserter(network, x, optimizer=optimizer)
@@ -178,7 +178,7 @@ def test_a_schedule_and_named_parameters_go_on_working() -> None:
 
 
 def test_the_stage_keeps_its_keys_attributes_and_mode() -> None:
-    network, x = stage_cnn(3, 10), batch()
+    network, x = StageCNN(3, 10), batch()
     plain = copy.deepcopy(network)
     inserter = NonLocalInserter(network, x)
     inserter.insert(2)
@@ -201,7 +201,7 @@ def test_the_stage_keeps_its_keys_attributes_and_mode() -> None:
 def test_a_compiled_network_compiles_once_for_each_stage() -> None:
     torch._dynamo.reset()
     counters.clear()
-    network, x = stage_cnn(3, 10), batch()
+    network, x = StageCNN(3, 10), batch()
     compiled = torch.compile(network, backend="eager")
     inserter = NonLocalInserter(compiled, x)
     for stage in (0, 1, 2, 3, 1, 3, 0, 2):
@@ -251,19 +251,19 @@ class Changing(nn.Module):
 
 
 def frozen_cnn() -> nn.Module:
-    network = stage_cnn(3, 10)
+    network = StageCNN(3, 10)
     network.stage2[0][1].eval()
     return network
 
 
 def diverged_cnn() -> nn.Module:
-    network = stage_cnn(3, 10)
+    network = StageCNN(3, 10)
     nn.init.constant_(network.stage2[0][0].weight, float("nan"))
     return network
 
 
 def shared_cnn() -> nn.Module:
-    network = stage_cnn(3, 10)
+    network = StageCNN(3, 10)
     network.keeper = [NonLocalInserter(network, batch())]  # keeps it alive
     return network
 
@@ -271,11 +271,11 @@ def shared_cnn() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "stages", "error", "says"),
     [
-        (lambda: stage_cnn(3, 10), ["stage4"], ConfigError, "did you mean 'stage"),
-        (lambda: stage_cnn(3, 10), [], ConfigError, "stages is empty"),
-        (lambda: stage_cnn(3, 10), ["stage1", "stage1"], ConfigError, "once"),
-        (lambda: stage_cnn(3, 10), ["classifier"], ShapeError, "'classifier' answers with shape [4, 10]"),
-        (lambda: stage_cnn(1, 10), None, ShapeError, "does not take a batch (4, 3, 8, 8)"),
+        (lambda: StageCNN(3, 10), ["stage4"], ConfigError, "did you mean 'stage"),
+        (lambda: StageCNN(3, 10), [], ConfigError, "stages is empty"),
+        (lambda: StageCNN(3, 10), ["stage1", "stage1"], ConfigError, "once"),
+        (lambda: StageCNN(3, 10), ["classifier"], ShapeError, "'classifier' answers with shape [4, 10]"),
+        (lambda: StageCNN(1, 10), None, ShapeError, "does not take a batch (4, 3, 8, 8)"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), None, ConfigError, "no module"),
         (Counts, ["twice"], ConfigError, "runs 2 times"),
         (Counts, ["never"], ConfigError, "never called"),
@@ -302,7 +302,7 @@ def test_bad_input_is_named_and_the_network_left_alone(
 
 
 def test_batch_norm_in_evaluation_is_named_unless_the_block_was_trained() -> None:
-    network, x = stage_cnn(3, 10), batch()
+    network, x = StageCNN(3, 10), batch()
     inserter = NonLocalInserter(network, x)
     inserter.insert(1)
     network(x)
@@ -314,7 +314,7 @@ def test_batch_norm_in_evaluation_is_named_unless_the_block_was_trained() -> Non
     inserter.insert(0)
     inserter.insert(1)  # its BatchNorm has seen a batch
     with pytest.raises(ConfigError, match=r"stage1\.0\.1"):
-        NonLocalInserter(frozen := stage_cnn(3, 10).eval(), x).insert(1)
+        NonLocalInserter(frozen := StageCNN(3, 10).eval(), x).insert(1)
     NonLocalInserter(frozen, x, norm=False).insert(1)
 
 
@@ -335,7 +335,7 @@ def test_shapes_that_change_later_are_named_by_stage() -> None:
 
 
 def test_one_inserter_at_a_time_and_an_empty_batch() -> None:
-    network, x = stage_cnn(3, 10), batch()
+    network, x = StageCNN(3, 10), batch()
     with pytest.raises(DataError, match="at least one sample"):
         NonLocalInserter(network, x[:0])
     with NonLocalInserter(network, x) as inserter:
@@ -360,7 +360,7 @@ def test_one_inserter_at_a_time_and_an_empty_batch() -> None:
 def test_any_order_of_stages_is_undone(
     stages: list[int], make: Callable[[nn.Module], torch.optim.Optimizer]
 ) -> None:
-    network, x = stage_cnn(3, 10), batch(8, 2)
+    network, x = StageCNN(3, 10), batch(8, 2)
     optimizer = make(network)
     inserter = NonLocalInserter(network, x, optimizer=optimizer)
     saved, before = inserter.state_dict(), picture(network, optimizer)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rlnas_fast.errors import ConfigError, DataError, ShapeError
+from rlnas_fast.networks import StageCNN
 from rlnas_fast.placement.inserter import NonLocalInserter
-from rlnas_fast.placement.models import stage_cnn
 from rlnas_fast.placement.probe import BINS, REACH, ActivationProbe, layer_statistics
 
 
@@ -84,7 +84,7 @@ def test_scaled_and_constant_activations() -> None:
 
 
 def test_a_probe_watches_passes_and_observes_without_a_trace() -> None:
-    network, x = stage_cnn(3, 10).train(), images()
+    network, x = StageCNN(3, 10).train(), images()
     before = copy.deepcopy(network.state_dict())
     calls = []
     network.stage3.register_forward_hook(lambda *_: calls.append(1))
@@ -104,7 +104,7 @@ def test_a_probe_watches_passes_and_observes_without_a_trace() -> None:
 
 
 def test_it_watches_before_a_block() -> None:
-    network, x = stage_cnn(3, 10).train(), images(8, 8)
+    network, x = StageCNN(3, 10).train(), images(8, 8)
     inserter = NonLocalInserter(network, x)
     inserter.insert("stage1")
     nn.init.ones_(inserter.block(1).W[1].weight)
@@ -115,7 +115,7 @@ def test_it_watches_before_a_block() -> None:
 
 
 def test_nothing_of_a_pass_is_kept() -> None:
-    network, x = stage_cnn(3, 10), images(4, 8)
+    network, x = StageCNN(3, 10), images(4, 8)
     with ActivationProbe(network, ["stage1"]) as probe:
         held = []
         handle = network.stage1.register_forward_hook(lambda m, a, out: held.append(weakref.ref(out)))
@@ -131,7 +131,7 @@ def test_nothing_of_a_pass_is_kept() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    network = stage_cnn(3, 10)
+    network = StageCNN(3, 10)
     with pytest.raises(ConfigError, match=r"did you mean 'stage1\.1'"):
         ActivationProbe(network, ["stage11"])
     with pytest.raises(ConfigError, match="layers is empty"):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from rlnas_fast.errors import ConfigError, DataError
+from rlnas_fast.networks import StageCNN
 from rlnas_fast.placement.agents import make_agent
 from rlnas_fast.placement.batches import Batch, LoaderBatches, TaskBatches
 from rlnas_fast.placement.inserter import NonLocalInserter
-from rlnas_fast.placement.models import StageCNN
 from rlnas_fast.placement.probe import ActivationProbe
 from rlnas_fast.placement.procedure import FixedAgent, Placement, collapse_of
 from rlnas_fast.placement.rewards import AddedLatency, RewardRule

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from rlnas_fast.errors import ConfigError
+from rlnas_fast.networks import StageCNN
 from rlnas_fast.placement.inserter import NonLocalInserter
-from rlnas_fast.placement.models import stage_cnn
 from rlnas_fast.placement.rewards import METRICS, RewardRule, added_latency, macro_f1
 
 
@@ -50,7 +50,7 @@ def test_bad_options_are_named(options: dict[str, object], says: str) -> None:
 
 
 def test_latency_is_measured_for_every_stage_and_the_network_left_alone() -> None:
-    network, x = stage_cnn(3, 10), torch.randn(2, 3, 8, 8)
+    network, x = StageCNN(3, 10), torch.randn(2, 3, 8, 8)
     inserter = NonLocalInserter(network, x)
     inserter.insert(2)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}

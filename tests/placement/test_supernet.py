@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rlnas_fast.errors import ConfigError, DataError
+from rlnas_fast.networks import StageCNN
 from rlnas_fast.placement.agents import make_agent
 from rlnas_fast.placement.inserter import NonLocalInserter
-from rlnas_fast.placement.models import StageCNN
 from rlnas_fast.placement.supernet import (
     OutcomeTable,
     StageSupernet,

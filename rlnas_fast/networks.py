@@ -1,13 +1,41 @@
-"""Networks for small images with stages to choose from: ``--model`` knows them by name."""
+"""The networks that commands know by name, for a task's images and classes."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.child_layers import conv_unit
+from .errors import ConfigError, unknown_name
+from .nn.child_layers import conv_unit
+from .search import TaskSpec
 
-__all__ = ["ResNet", "StageCNN", "resnet20", "stage_cnn"]
+__all__ = ["NETWORKS", "ResNet", "StageCNN", "make_network", "named_after"]
+
+
+def make_network(name: str, spec: TaskSpec, seed: int = 0) -> nn.Module:
+    """An untrained network for a task's images and classes, drawn with ``seed``."""
+    if name not in NETWORKS:
+        raise unknown_name("network", name, NETWORKS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return NETWORKS[name](spec)
+
+
+def named_after(state: dict[str, Tensor], spec: TaskSpec) -> str | None:
+    """The network whose parameters, for this task, have these names and shapes; None if there is none."""
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    for name in NETWORKS:
+        try:
+            own = make_network(name, spec).state_dict()
+        except ConfigError:
+            continue
+        if {key: tensor.shape for key, tensor in own.items()} == shapes:
+            return name
+    return None
 
 
 class StageCNN(nn.Module):
@@ -65,7 +93,8 @@ class ResNet(nn.Module):
 
     Stages are ``stage1`` to ``stage3`` with 16, 32 and 64 channels, and ``stem`` before them.
 
-    Source: He et al. (2016), section 4.2; 6 ``depth`` + 2 layers.
+    Source: He et al. (2016), section 4.2; 6 ``depth`` + 2 layers.  With depth 3 it is ResNet-20: 269,722
+    parameters for CIFAR-10.
     """
 
     def __init__(self, channels: int, classes: int, depth: int = 3) -> None:
@@ -86,14 +115,51 @@ class ResNet(nn.Module):
         return logits
 
 
-def resnet20(channels: int, classes: int) -> ResNet:
-    """ResNet-20 for images of 32 x 32: 269,722 parameters for CIFAR-10."""
-    return ResNet(channels, classes, depth=3)
+def lenet_300_100(spec: TaskSpec) -> nn.Sequential:
+    """Two hidden layers of 300 and 100 rectifiers (LeCun et al. 1998): 266,200 weights for 28 x 28."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(math.prod(spec.input_shape), 300),
+        nn.ReLU(),
+        nn.Linear(300, 100),
+        nn.ReLU(),
+        nn.Linear(100, spec.outputs),
+    )
 
 
-def stage_cnn(channels: int, classes: int) -> StageCNN:
-    """The small CNN of three stages: under 100,000 parameters."""
-    return StageCNN(channels, classes)
+def small_cnn(spec: TaskSpec) -> nn.Sequential:
+    """Three convolutions and two linear layers: 155,536 weights and 1.5 MFLOPs for 28 x 28."""
+    channels = _image_channels("small-cnn", spec)
+    area = math.prod(-(-(side // 2) // 4) for side in spec.input_shape[1:])
+    if not area:
+        raise ConfigError(f"small-cnn takes images of at least 2 x 2, got {spec.input_shape}")
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * area, 128),
+        nn.ReLU(),
+        nn.Linear(128, spec.outputs),
+    )
+
+
+def _image_channels(name: str, spec: TaskSpec) -> int:
+    if len(spec.input_shape) != 3:
+        raise ConfigError(f"{name} takes images [channels, height, width], got {spec.input_shape}")
+    return spec.input_shape[0]
+
+
+NETWORKS: dict[str, Callable[[TaskSpec], nn.Module]] = {
+    "resnet20": lambda spec: ResNet(_image_channels("resnet20", spec), spec.outputs),
+    "stage-cnn": lambda spec: StageCNN(_image_channels("stage-cnn", spec), spec.outputs),
+    "lenet-300-100": lenet_300_100,
+    "small-cnn": small_cnn,
+}
 
 
 def _stage(channels_in: int, channels_out: int, stride: int, depth: int) -> nn.Sequential:
