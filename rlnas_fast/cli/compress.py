@@ -31,8 +31,12 @@ def print_compression(result: CompressionResult, as_json: bool) -> None:
         f"{summary['after']['bits'] / summary['before']['bits']:.4g} of the bits, "
         f"{summary['speedup']:.2f} times as fast at batch {summary['latency_batch']}"
     )
+    skipped: dict[str, list[str]] = {}
     for entry in summary["skipped"]:
-        line(f"left alone: {entry['name']} {entry['reason']}")
+        skipped.setdefault(entry["reason"], []).append(entry["name"])
+    for reason, names in skipped.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        line(f"left alone: {', '.join(names[:3])}{more} {reason}")
     for caveat in summary["caveats"]:
         line(f"caveat: {caveat}")
     line(f"Everything is in {result.folder}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import statistics
+import time
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +16,18 @@ from rlnas_fast.ops.masked_matmul import TileMask, effective_weight
 
 __all__ = ["MaskedConv2d"]
 
-# The masked product must save this much before unfolding pays: writing and reading the unfolded x costs about
-# a third of the dense convolution (3 x 3, measured on one CPU; a hint, not a law).
-_UNFOLD_DENSITY = 0.3
+# Unfolding for 3 x 3 costs what a dense convolution with some 256 outputs costs, and a kept weight of the
+# masked product about twice one of the dense convolution (measured on one CPU, 14 shapes; a hint, not a law).
+_UNFOLD_OUTPUTS = 256
+TRIALS = 5
 
 
 class MaskedConv2d(MaskedWeight):
     """``nn.Conv2d`` with one group, its weight [out, in, kh, kw] masked as the matrix [out, in * kh * kw].
 
     A 1 x 1 kernel is a product over positions.  A larger one is unfolded where few enough weights are kept,
-    and otherwise runs as a dense convolution with the masked weight.
+    and otherwise runs as a dense convolution with the masked weight.  In eval mode without gradients, on a
+    CPU, both are timed at the first call for a size of x, and the faster is kept until weight or mask change.
 
     Args:
         convolution: its sizes, stride, padding and dilation are taken over, and its weight and bias copied.
@@ -55,6 +59,7 @@ class MaskedConv2d(MaskedWeight):
         self.stride, self.dilation = _pair(convolution.stride), _pair(convolution.dilation)
         self.padding = _padding(convolution)
         self.backend = backend
+        self._fixed: dict[tuple[int, ...], tuple[tuple[tuple[int, int], ...], torch.Tensor | None]] = {}
         if self.kernel_size != (1, 1) and self.mask.tensors.input_permutation is not None:
             raise ConfigError(f"an input permutation needs a 1 x 1 kernel, got {tuple(self.kernel_size)}")
         self._take(matrix, bias)
@@ -90,8 +95,12 @@ class MaskedConv2d(MaskedWeight):
         """Maps [batch, in, H, W] to [batch, out, H', W'], in x's memory format."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ShapeError(f"x must be [batch, {self.in_channels}, H, W], got {list(x.shape)}")
-        if not self._unfolds():
-            return self._dense(x)
+        if self.backend == "auto" and self._is_frozen(x):
+            weight = self._fastest(x)
+            return self._unfolded(x) if weight is None else self._convolved(x, weight)
+        return self._unfolded(x) if self._unfolds() else self._convolved(x, self._dense_kernel())
+
+    def _unfolded(self, x: torch.Tensor) -> torch.Tensor:
         height, width = self._output_size(x)
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
             rows = x[:, :, :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
@@ -100,6 +109,15 @@ class MaskedConv2d(MaskedWeight):
             rows = columns.transpose(1, 2).reshape(x.shape[0], height, width, columns.shape[1])
         y = self.product(rows, self.bias).permute(0, 3, 1, 2)
         return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+    def train(self, mode: bool = True) -> Self:
+        """As for every masked weight; what was timed is forgotten too."""
+        if mode:
+            self._fixed = {}
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_fixed": {}}
 
     def plan(self, batch: int) -> dict[str, Any]:
         """Says what would run for ``batch`` output positions (images x H' x W')."""
@@ -114,16 +132,38 @@ class MaskedConv2d(MaskedWeight):
             return True
         # On a GPU, and in a traced graph, the host does not know the mask: it may change between runs.
         known = self.weight.device.type == "cpu" and not torch.compiler.is_compiling()
-        return known and self.mask.density() <= _UNFOLD_DENSITY
+        return known and self.out_channels * (1 - 2 * self.mask.density()) > _UNFOLD_OUTPUTS
 
-    def _dense(self, x: torch.Tensor) -> torch.Tensor:
+    def _fastest(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The kernel of the dense convolution where that is faster for x's size, or None; timed once."""
+        size = (x.shape[0].bit_length(), *x.shape[1:])
+        versions = self._versions()
+        known = self._fixed.get(size)
+        if known is None or known[0] != versions:
+            weight = self._dense_kernel()
+            ways = (lambda: self._unfolded(x), lambda: self._convolved(x, weight))
+            for way in ways:
+                way()  # packs the weight, fills the caches
+            seconds: list[list[float]] = [[], []]
+            for _ in range(TRIALS):
+                for way, taken in zip(ways, seconds, strict=True):
+                    started = time.perf_counter()
+                    way()
+                    taken.append(time.perf_counter() - started)
+            unfolds = statistics.median(seconds[0]) < statistics.median(seconds[1])
+            known = self._fixed[size] = (versions, None if unfolds else weight)
+        return known[1]
+
+    def _dense_kernel(self) -> torch.Tensor:
         t = self.mask.tensors
         weight = effective_weight(self.weight, t)
         if t.input_permutation is not None:
             weight = torch.empty_like(weight).index_copy(1, t.input_permutation.long(), weight)
         if t.output_permutation is not None:
             weight = torch.empty_like(weight).index_copy(0, t.output_permutation.long(), weight)
-        weight = weight.view(self.out_channels, self.in_channels, *self.kernel_size)
+        return weight.view(self.out_channels, self.in_channels, *self.kernel_size)
+
+    def _convolved(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
 
     def _output_size(self, x: torch.Tensor) -> tuple[int, int]:

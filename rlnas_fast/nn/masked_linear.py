@@ -58,11 +58,7 @@ class MaskedWeight(nn.Module):
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Computes ``x (W o M)^T + b``; in eval mode without gradients the weight is packed once and kept."""
         mask = self.mask
-        packed = None
-        frozen = not self.training and not torch.is_grad_enabled() and x.is_cpu
-        plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-        if frozen and plain and not self.int8_activations:
-            packed = self._pack(mask, x.numel() // max(1, x.shape[-1]))
+        packed = self._pack(mask, x.numel() // max(1, x.shape[-1])) if self._is_frozen(x) else None
         return masked_matmul(
             x, self.weight, mask, bias, int8_activations=self.int8_activations, packed=packed
         )
@@ -95,12 +91,22 @@ class MaskedWeight(nn.Module):
             if t.payload is not None:
                 self.mask.quantise(self.weight)
 
+    def _is_frozen(self, x: torch.Tensor) -> bool:
+        """Says whether what is made from weight and mask may be kept for the next call."""
+        frozen = not self.training and not torch.is_grad_enabled() and x.is_cpu
+        plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+        return frozen and plain and not self.int8_activations
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """Changes with every change of weight or mask."""
+        buffers = self._buffers
+        watched = [self.weight, *[tensor for n in _WATCHED if (tensor := buffers[n]) is not None]]
+        return tuple([(tensor.data_ptr(), tensor._version) for tensor in watched])
+
     def _pack(self, mask: TileMask, batch: int) -> Packed:
         """The packed weight for batches of about this size, made again when weight or mask have changed."""
         size = max(1, batch).bit_length()
-        buffers = self._buffers
-        watched = [self.weight, *[tensor for n in _WATCHED if (tensor := buffers[n]) is not None]]
-        versions = tuple([(tensor.data_ptr(), tensor._version) for tensor in watched])
+        versions = self._versions()
         known = self._packed.get(size)
         if known is None or known[0] != versions:
             largest = (1 << size) - 1

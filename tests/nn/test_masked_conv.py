@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,12 +71,12 @@ def test_permutations_of_a_one_by_one_kernel_change_nothing():
         torch.testing.assert_close(layer(x), convolution(x))
 
 
-def test_the_choice_follows_the_density_and_is_told():
-    layer = MaskedConv2d(nn.Conv2d(8, 8, 3))
+def test_the_choice_follows_outputs_and_density_and_is_told():
+    layer = MaskedConv2d(nn.Conv2d(2, 300, 3))
     assert layer.plan(100) == {"kernel": "dense convolution"}
     layer.mask.update(state=torch.zeros_like(layer.mask.state))
     assert layer.plan(100)["kernel"] in ("tiles", "rows", "dense")
-    assert F.relu(layer(torch.randn(1, 8, 5, 5))).shape == (1, 8, 3, 3)
+    assert F.relu(layer(torch.randn(1, 2, 5, 5))).shape == (1, 300, 3, 3)
 
 
 def test_state_dicts_round_trip_and_modules_compile():
@@ -105,3 +108,33 @@ def test_state_dicts_round_trip_and_modules_compile():
 def test_bad_input_is_refused_by_name(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+@pytest.mark.parametrize("faster", ["unfold", "dense"])
+def test_in_evaluation_the_faster_way_is_kept_until_weight_or_mask_change(faster, monkeypatch):
+    slow = "_convolved" if faster == "unfold" else "_unfolded"
+    right, calls = getattr(MaskedConv2d, slow), []
+
+    def slowed(self, *arguments):
+        calls.append(slow)
+        time.sleep(0.002)
+        return right(self, *arguments)
+
+    monkeypatch.setattr(MaskedConv2d, slow, slowed)
+    layer = MaskedConv2d(nn.Conv2d(4, 6, 3), torch.rand(6, 36) < 0.5).eval()
+    x = torch.randn(2, 4, 7, 7)
+    with torch.no_grad():
+        changes = (
+            lambda: None,
+            lambda: layer.weight.mul_(2),
+            lambda: layer.mask.update(dense=torch.rand(6, 36) < 0.3),
+        )
+        for change in changes:
+            change()
+            expected = layer.to_dense()(x)
+            torch.testing.assert_close(layer(x), expected)
+            timed = len(calls)
+            torch.testing.assert_close(layer(x), expected)
+            assert len(calls) == timed > 0
+            calls.clear()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(x), layer(x))
