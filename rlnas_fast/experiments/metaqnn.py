@@ -92,7 +92,7 @@ SCHEDULES: dict[str, dict[str, Schedule]] = {
         "cifar10": Schedule("cifar10", None, 2700, None, 0.2, 5, None, 5, _PUBLISHED, 0.01, 50),
     },
     "reduced": {
-        "mnist3": Schedule("mnist", (0, 1, 2), 150, 1000, 0.5, 1, None, 2, _SHORT, 0.003, 0),
+        "mnist3": Schedule("mnist", (0, 1, 2), 150, 1000, 0.5, 1, None, 1, _SHORT, 0.003, 0),
         "cifar5": Schedule("cifar10", _FIVE, 60, 5000, 0.2, 2, 5000, 2, _SHORT, 0.01, 60),
         "cifar10": Schedule("cifar10", None, 60, 5000, 0.2, 2, 5000, 2, _SHORT, 0.01, 60),
     },
