@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rlnas_fast.errors import ShapeError
-from rlnas_fast.ops.masked_matmul import Packed, TileMask, effective_weight, masked_matmul, pack, plan
+from rlnas_fast.ops.masked_matmul import Packed, TileMask, cpu, effective_weight, masked_matmul, pack, plan
 from rlnas_fast.ops.masked_matmul.tile_mask import TileTensors, update_lists
 
 __all__ = ["MaskedLinear", "MaskedWeight"]
@@ -57,10 +57,11 @@ class MaskedWeight(nn.Module):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Computes ``x (W o M)^T + b``; in eval mode without gradients the weight is packed once and kept."""
-        mask = self.mask
-        packed = self._pack(mask, x.numel() // max(1, x.shape[-1])) if self._is_frozen(x) else None
+        packed = self._pack(x.numel() // max(1, x.shape[-1])) if self._is_frozen(x) else None
+        if packed is not None and cpu.takes(packed, x, bias):  # small products take as long as the way there
+            return cpu.forward_packed(x, packed, bias)
         return masked_matmul(
-            x, self.weight, mask, bias, int8_activations=self.int8_activations, packed=packed
+            x, self.weight, self.mask, bias, int8_activations=self.int8_activations, packed=packed
         )
 
     def plan(self, batch: int) -> dict[str, Any]:
@@ -103,14 +104,14 @@ class MaskedWeight(nn.Module):
         watched = [self.weight, *[tensor for n in _WATCHED if (tensor := buffers[n]) is not None]]
         return tuple([(tensor.data_ptr(), tensor._version) for tensor in watched])
 
-    def _pack(self, mask: TileMask, batch: int) -> Packed:
+    def _pack(self, batch: int) -> Packed:
         """The packed weight for batches of about this size, made again when weight or mask have changed."""
         size = max(1, batch).bit_length()
         versions = self._versions()
         known = self._packed.get(size)
         if known is None or known[0] != versions:
             largest = (1 << size) - 1
-            known = self._packed[size] = (versions, pack(self.weight, mask, batch=largest))
+            known = self._packed[size] = (versions, pack(self.weight, self.mask, batch=largest))
         return known[1]
 
     def train(self, mode: bool = True) -> Self:

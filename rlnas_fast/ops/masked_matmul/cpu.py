@@ -38,6 +38,9 @@ KEEP_ONLY, BOTH = 0, 2
 DIRECT_ROWS = 8  # the most rows of x that the kernel without packing takes
 _ONE_THREAD_PRODUCTS = 1 << 17  # some ten microseconds of work; the kernels for few rows take longer for each
 _ONE_THREAD_PRODUCTS_FEW = 1 << 14
+# A second core first fetches its rows of x from the core that wrote them. Where they share no cache that took
+# 67 ns a line, more than is saved in products this small with this few weights for a feature.
+_ONE_CORE_PRODUCTS, _ONE_CORE_WEIGHTS = 1 << 21, 32
 _WORTH_A_TRIAL = 3.0  # times the least estimate
 _ALWAYS_TRIED = 1e-4  # seconds: estimates of so little are rough
 _TRIALS, _TRIAL_SECONDS = 20, 0.03
@@ -188,7 +191,7 @@ def forward_packed(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -
     scratch = _workspace("x", (batch + 128) * (cols + 32))
     packed.product(
         *(x.data_ptr(), batch, x.stride(0), y.data_ptr(), _address(bias), scratch.data_ptr()),
-        _threads(batch, packed.nonzeros),
+        _threads(batch, packed.nonzeros, (rows, cols)),
     )
     return y
 
@@ -367,7 +370,11 @@ def _multiply_tiles(
     scratch = _workspace("x", x.numel() + 32)
     _kernels().multiply_tiles(
         *(_matrix(x), weight, transposed, kinds, _address(packed), _address(read)),
-        *(_output(y, written, bias), scratch.data_ptr(), _threads(x.shape[0], mask.stats.tolist()[2])),
+        *(
+            _output(y, written, bias),
+            scratch.data_ptr(),
+            _threads(x.shape[0], mask.stats.tolist()[2], mask.shape),
+        ),
     )
 
 
@@ -410,7 +417,7 @@ def _multiply_rows(
     start, indices, values = (buffer.data_ptr() for buffer in rows)
     _kernels().multiply_rows(
         *(_matrix(x), y.shape[1], (start, indices, values), _address(read), _output(y, written, bias)),
-        *(scratch.data_ptr(), _threads(x.shape[0], mask.stats.tolist()[2])),
+        *(scratch.data_ptr(), _threads(x.shape[0], mask.stats.tolist()[2], mask.shape)),
     )
 
 
@@ -429,15 +436,21 @@ def _multiply_direct(
         *(
             _output(y, mask.output_permutation, bias),
             scratch.data_ptr(),
-            _threads(x.shape[0], mask.stats.tolist()[2]),
+            _threads(x.shape[0], mask.stats.tolist()[2], mask.shape),
         ),
     )
 
 
-def _threads(batch: int, nonzeros: int) -> int:
-    """Returns one thread where waking the others would cost more than they save."""
-    limit = _ONE_THREAD_PRODUCTS if batch > DIRECT_ROWS else _ONE_THREAD_PRODUCTS_FEW
-    return torch.get_num_threads() if batch * nonzeros > limit else 1
+def _threads(batch: int, nonzeros: int, shape: tuple[int, int]) -> int:
+    """Returns one thread where waking the others and giving them their data costs more than they save."""
+    products = batch * nonzeros
+    if batch <= DIRECT_ROWS:
+        few = products <= _ONE_THREAD_PRODUCTS_FEW
+    else:
+        few = products <= _ONE_THREAD_PRODUCTS or (
+            products <= _ONE_CORE_PRODUCTS and nonzeros <= _ONE_CORE_WEIGHTS * sum(shape)
+        )
+    return 1 if few else torch.get_num_threads()
 
 
 def _kernels():  # type: ignore[no-untyped-def]
