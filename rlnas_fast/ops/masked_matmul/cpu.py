@@ -41,6 +41,7 @@ _ONE_THREAD_PRODUCTS_FEW = 1 << 14
 # A second core first fetches its rows of x from the core that wrote them. Where they share no cache that took
 # 67 ns a line, more than is saved in products this small with this few weights for a feature.
 _ONE_CORE_PRODUCTS, _ONE_CORE_WEIGHTS = 1 << 21, 32
+_ONE_CORE_ELEMENTS = 1 << 17  # of x and y: more are worth the memory bandwidth of all cores
 _WORTH_A_TRIAL = 3.0  # times the least estimate
 _ALWAYS_TRIED = 1e-4  # seconds: estimates of so little are rough
 _TRIALS, _TRIAL_SECONDS = 20, 0.03
@@ -448,7 +449,9 @@ def _threads(batch: int, nonzeros: int, shape: tuple[int, int]) -> int:
         few = products <= _ONE_THREAD_PRODUCTS_FEW
     else:
         few = products <= _ONE_THREAD_PRODUCTS or (
-            products <= _ONE_CORE_PRODUCTS and nonzeros <= _ONE_CORE_WEIGHTS * sum(shape)
+            products <= _ONE_CORE_PRODUCTS
+            and nonzeros <= _ONE_CORE_WEIGHTS * sum(shape)
+            and batch * sum(shape) <= _ONE_CORE_ELEMENTS
         )
     return 1 if few else torch.get_num_threads()
 
