@@ -56,8 +56,8 @@ class RunningScale:
 def small_network(features: int, hidden: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
     """Two hidden layers; the last one starts at 0, so that a new agent has no opinion."""
     sizes = (features, hidden), (hidden, hidden), (hidden, outputs)
-    # skip_init draws nothing of the caller's generator.
-    layers = [nn.utils.skip_init(nn.Linear, *size) for size in sizes]  # type: ignore[no-untyped-call]
+    # On the meta device a layer's own initialisation draws nothing of the caller's generator.
+    layers = [nn.Linear(*size, device="meta").to_empty(device="cpu") for size in sizes]
     with torch.no_grad():
         for layer in layers[:2]:
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
@@ -70,7 +70,7 @@ def small_network(features: int, hidden: int, outputs: int, generator: torch.Gen
 def learn_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """One step of ``optimizer`` down the gradient of ``loss``."""
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(loss)
     optimizer.step()
 
 

@@ -102,7 +102,7 @@ class DQN:
         chosen = values.gather(2, episodes.choices[:, :, None]).squeeze(2)
         loss = value_loss(chosen, returns, episodes.present)
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         self._optimizer.step()
         with torch.no_grad():
             for slow, fast in zip(self._target.parameters(), self._network.parameters(), strict=True):
