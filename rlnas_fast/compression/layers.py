@@ -325,7 +325,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _span(parameter: object) -> tuple[str, int, int]:
-    """Device, first byte and last byte but one of a parameter; a strided one has all that lies between."""
+    """Device, first byte and the byte after the last; a strided parameter has all that lies between."""
     if (
         not isinstance(parameter, Tensor)
         or isinstance(parameter, nn.parameter.UninitializedParameter)
