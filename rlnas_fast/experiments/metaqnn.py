@@ -22,6 +22,7 @@ from typing import Any
 from ..compose import Parts, build, make, read_config, resolve_device
 from ..errors import ConfigError, RunError, unknown_name
 from ..evaluators.train_child import TrainChild
+from ..ops import native
 from ..report.chains import save_learning_curve, save_network_picture
 from ..runs import Progress, Silent, search_in
 from ..search import Architecture, Budget, Measurement, Request, SearchContext, Trial, child_seed
@@ -87,12 +88,12 @@ _FIVE = (0, 1, 2, 3, 4)
 
 SCHEDULES: dict[str, dict[str, Schedule]] = {
     "full": {
-        "mnist3": Schedule("mnist", (0, 1, 2), 2700, None, 0.2, 5, None, 5, _PUBLISHED, 0.003, 50),
+        "mnist3": Schedule("mnist", (0, 1, 2), 2700, None, 0.2, 5, None, 5, _PUBLISHED, 0.07, 50),
         "cifar5": Schedule("cifar10", _FIVE, 2700, None, 0.2, 5, None, 5, _PUBLISHED, 0.01, 50),
         "cifar10": Schedule("cifar10", None, 2700, None, 0.2, 5, None, 5, _PUBLISHED, 0.01, 50),
     },
     "reduced": {
-        "mnist3": Schedule("mnist", (0, 1, 2), 150, 1000, 0.5, 1, None, 1, _SHORT, 0.003, 0),
+        "mnist3": Schedule("mnist", (0, 1, 2), 500, 1000, 0.5, 1, None, 1, _SHORT, 0.07, 0),
         "cifar5": Schedule("cifar10", _FIVE, 60, 5000, 0.2, 2, 5000, 2, _SHORT, 0.01, 60),
         "cifar10": Schedule("cifar10", None, 60, 5000, 0.2, 2, 5000, 2, _SHORT, 0.01, 60),
     },
@@ -176,7 +177,10 @@ def study(
     ):
         if name not in known:
             raise unknown_name(f"{kind} of the experiment:", name, known)
-    chosen = replace(SCHEDULES[schedule][data], **dict(changes or {}))
+    chosen = SCHEDULES[schedule][data]
+    if schedule == "reduced":
+        chosen = replace(chosen, recipe={**chosen.recipe, "dtype": _fastest_dtype()})
+    chosen = replace(chosen, **dict(changes or {}))
     made = Study(data, strategy, penalty, chosen, **settings)
     for name, value in (
         ("episodes", chosen.episodes),
@@ -254,6 +258,11 @@ def _task(schedule: Schedule, train_size: int | None, fraction: float) -> Any:
     return make("task", read_config({"task": _component(schedule.task, options)}).task)
 
 
+def _fastest_dtype() -> str:
+    """Of a short schedule: children train some 1.75 times faster where the processor multiplies bfloat16."""
+    return "bfloat16" if "avx512_bf16" in native.cpu().usable_isas() else "float32"
+
+
 def _component(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"name": name, "options": dict(options or {})}
 
@@ -264,14 +273,20 @@ def _evaluator(settings: Study, space: Any, task: Any) -> TrainChild:
 
 
 def _strategy(settings: Study) -> dict[str, Any]:
-    """The document's settings; with fewer episodes higher rates, and epsilon's steps in proportion."""
+    """The document's settings; with fewer episodes higher rates, and epsilon's steps in proportion.
+
+    A state of Q-learning is the last layer alone, so that one-step returns never tell an early layer what it
+    cost: the best of what may follow is the same for all.  2,700 episodes are the document's; fewer follow
+    multi-step returns.
+    """
     episodes = settings.schedule.episodes
     shortened = max(1.0, 2700 / episodes)
     match settings.strategy:
         case "q-learning":
             return {
                 "name": "q-learning", "allow_repeats": True, "learning_rate": min(0.01 * shortened, 0.1),
-                "replays": 30, "trace": 0.0, "scale": "none", "epsilon": epsilon_steps(episodes),
+                "replays": 30, "trace": 0.9 if shortened > 1 else 0.0, "scale": "none",
+                "epsilon": epsilon_steps(episodes),
             }  # fmt: skip
         case "ppo":
             return {"name": "ppo", "allow_repeats": True, "clip": 0.2, "learning_rate": 0.01 * shortened**0.5}

@@ -79,7 +79,7 @@ class QLearning:
         self._space = space
         self._rng = np.random.default_rng(seed)
         self._novelty = Novelty(space, self._rng, allow_repeats=allow_repeats)
-        self._table = np.full((states, max(sizes)), optimism)
+        self._table = np.full((states, max(sizes)), float(optimism))
         self._history = history
         self._learning_rate = learning_rate
         self._replays = replays

@@ -18,9 +18,10 @@ def reward(choices: tuple[int, ...]) -> float:
 
 def test_its_table_is_that_of_value_iteration_and_its_greedy_chain_the_best() -> None:
     space = ChainCNN(TaskSpec((1, 4, 4), 3), max_depth=2)  # a state knows its whole past
-    strategy = QLearning(
-        space, seed=0, allow_repeats=True, trace=0.0, scale="none", epsilon="1x2500,0x1", replays=30
-    )
+    strategy = QLearning(  # a whole number as optimism, as a command line gives it
+        space, seed=0, allow_repeats=True, trace=0.0, scale="none", epsilon="1x2500,0x1", replays=30,
+        optimism=0,
+    )  # fmt: skip
     for _ in range(2500):
         (asked,) = strategy.ask(1, SearchContext())
         strategy.tell([Trial(0, 0, asked, "", Measurement(), reward(asked.choices))])
