@@ -27,7 +27,8 @@ class MaskedConv2d(MaskedWeight):
 
     A 1 x 1 kernel is a product over positions.  A larger one is unfolded where few enough weights are kept,
     and otherwise runs as a dense convolution with the masked weight.  In eval mode without gradients, on a
-    CPU, both are timed at the first call for a size of x, and the faster is kept until weight or mask change.
+    CPU, both are timed at the first call for a size of x and a number of threads, and the faster is kept
+    until weight or mask change.
 
     Args:
         convolution: its sizes, stride, padding and dilation are taken over, and its weight and bias copied.
@@ -136,7 +137,7 @@ class MaskedConv2d(MaskedWeight):
 
     def _fastest(self, x: torch.Tensor) -> torch.Tensor | None:
         """The kernel of the dense convolution where that is faster for x's size, or None; timed once."""
-        size = (x.shape[0].bit_length(), *x.shape[1:])
+        size = (torch.get_num_threads(), x.shape[0].bit_length(), *x.shape[1:])
         versions = self._versions()
         known = self._fixed.get(size)
         if known is None or known[0] != versions:

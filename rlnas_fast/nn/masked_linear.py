@@ -45,7 +45,7 @@ class MaskedWeight(nn.Module):
         self._tile = mask.tile
         for name in TileTensors._fields[2:]:
             self.register_buffer(f"mask_{name}", getattr(mask.tensors, name), persistent=name in _PERSISTENT)
-        self._packed: dict[int, tuple[tuple[tuple[int, int], ...], Packed]] = {}
+        self._packed: dict[tuple[int, int], tuple[tuple[tuple[int, int], ...], Packed]] = {}
 
     @property
     def mask(self) -> TileMask:
@@ -105,12 +105,16 @@ class MaskedWeight(nn.Module):
         return tuple([(tensor.data_ptr(), tensor._version) for tensor in watched])
 
     def _pack(self, batch: int) -> Packed:
-        """The packed weight for batches of about this size, made again when weight or mask have changed."""
-        size = max(1, batch).bit_length()
+        """The packed weight for batches of about this size, made again when weight or mask have changed.
+
+        Which layout is fastest depends on the number of threads, too.
+        """
+        bits = max(1, batch).bit_length()
+        size = (bits, torch.get_num_threads())
         versions = self._versions()
         known = self._packed.get(size)
         if known is None or known[0] != versions:
-            largest = (1 << size) - 1
+            largest = (1 << bits) - 1
             known = self._packed[size] = (versions, pack(self.weight, self.mask, batch=largest))
         return known[1]
 
