@@ -93,13 +93,6 @@ class Evidence:
     def scores(self) -> Tensor:
         return self._own + self.coefficients @ self._features
 
-    def copy(self) -> Evidence:
-        """As it is now; what is added to one does not change the other."""
-        twin = Evidence(self._features, momentum=self._momentum)
-        twin._average, twin._own = self._average.clone(), self._own.clone()
-        twin.coefficients = self.coefficients.clone()
-        return twin
-
     def add(self, gain: Tensor, rate: float) -> None:
         """One step along ``gain``, float32 [weights]."""
         self._average.lerp_(gain, 1 - self._momentum)

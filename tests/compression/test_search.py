@@ -16,24 +16,33 @@ from rlnas_fast.tasks.task import Task
 
 @pytest.mark.parametrize("method", list(SEARCHES))
 class TestEverySearch:
-    def test_starts_at_lamp_never_ends_below_it_and_is_exact(
+    def test_starts_at_the_rules_never_ends_below_them_and_is_exact(
         self, method: str, model: nn.Module, task: Task
     ) -> None:
         problem = Problem(model, task)
         lamp = problem.by_rule("lamp", 0.05)
         rows: list[dict[str, object]] = []
         found = search(
-            problem, density=0.05, method=method, evaluations=14, fine_tune_steps=2, log=rows.append
+            problem, density=0.05, method=method, evaluations=30, fine_tune_steps=2, log=rows.append
         )
         first, total = found.history[0], problem.layers.total
         assert first["layers"] == {
             name: pytest.approx(float(mask.double().mean()), abs=1e-6) for name, mask in lamp.items()
         }
         assert kept(found.masks) == round(0.05 * total)
-        assert len(found.history) == problem.evaluations == 14
+        assert len(found.history) == problem.evaluations == 30
         assert list(found.history) == rows
-        assert found.history[-1]["best"] == max(row["reward"] for row in found.history)
-        assert len({tuple(row["layers"].values()) for row in found.history}) > 3, "it tries something else"
+        assert [row["of"] for row in rows[:5]] == ["lamp", "uniform", "uniform+", "global", "erk"]
+        assert {row["of"] for row in rows[5:27]} == {"proposal"}
+        candidates = {str(row["of"]): row for row in found.history[27:]}
+        assert set(candidates) == {"best rule", "best proposal", "most often kept"}
+        best_rule = max(found.history[:5], key=lambda row: row["reward"])
+        assert candidates["best rule"]["layers"] == best_rule["layers"]
+        ended = max(candidates.values(), key=lambda row: row["reward"])
+        assert ended["layers"] == {
+            name: pytest.approx(float(mask.double().mean()), abs=1e-6) for name, mask in found.masks.items()
+        }
+        assert len({tuple(row["layers"].values()) for row in found.history}) > 8, "it tries something else"
 
     def test_the_same_seed_gives_the_same_masks(self, method: str, model: nn.Module, task: Task) -> None:
         first, second = (
