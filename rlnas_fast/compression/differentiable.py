@@ -33,40 +33,57 @@ def probe(
     steps: int,
     seed: int,
     gradients: bool = True,
-) -> tuple[float, float, Tensor | None]:
+    carried: Mapping[str, Tensor] | None = None,
+    rate: float = 1.0,
+) -> tuple[float, float, dict[str, Tensor]]:
     """Accuracy and loss on the validation split after a few steps under ``masks``, and what the steps saw.
 
-    The steps run on a copy, with the problem's recipe, on training images drawn with ``seed``; the next probe
-    starts from the original weights again.
+    The steps run on a copy, with the problem's recipe, on training images drawn with ``seed``.
 
     Args:
         steps: of fine-tuning; 0 evaluates the masked network as it is, without gradients.
+        carried: the state that the steps start from, as an earlier probe left it; None is the trained
+            network's.
+        rate: of learning, in the recipe's.
 
     Returns:
-        (accuracy, loss, gain): gain is -dL/dm, mean over the steps, for the weights of all layers one after
-        the other, float32 [weights]; None without gradients.  A network that diverges has accuracy 0.
+        (accuracy, loss, found).  With gradients found["gain"] is -dL/dm, mean over the steps, for the weights
+        of all layers one after the other, float32 [weights].  With ``carried`` the other tensors are the
+        state after the steps; weights that are pruned have kept their values in it.  A network that diverges
+        has accuracy 0, no gain, and the state that it started from.
     """
     if steps < 0 or (gradients and not steps):
         raise ConfigError(f"steps = {steps}: give at least 0, and at least 1 where gradients are wanted")
     if not steps:
         with masking.masked(problem.model, masks, problem.groups.layout):
-            return *problem.accuracy(problem.model), None
+            return *problem.accuracy(problem.model), {}
     rows = torch.randperm(len(problem.data.x), generator=torch.Generator().manual_seed(seed))
     rows = rows[: steps * problem.recipe.batch_size].to(problem.device)
     some = replace(problem.data, x=problem.data.x[rows], y=problem.data.y[rows])
+    recipe = replace(problem.recipe, learning_rate=rate * problem.recipe.learning_rate)
     tuned = copy.deepcopy(problem.model)
-    recorders = []
-    for name, mask in masks.items():
-        recorder = _Recorder(name, mask, problem.groups.layout, gradients)
+    if carried is not None:
+        tuned.load_state_dict(carried)
+    recorders = {
+        name: _Recorder(name, mask, problem.groups.layout, gradients) for name, mask in masks.items()
+    }
+    for name, recorder in recorders.items():
         parametrize.register_parametrization(tuned.get_submodule(name), "weight", recorder, unsafe=True)
-        recorders.append(recorder)
-    result = train(tuned, some, problem.recipe, Budget(1), device=problem.device, seed=seed)
-    gain = None
+    result = train(tuned, some, recipe, Budget(1), device=problem.device, seed=seed)
+    failed = result.accuracy is None or result.loss is None
+    found = {}
     if gradients:
-        gain = torch.cat([recorder.gain.flatten() for recorder in recorders]).div_(-steps)
+        gain = torch.cat([recorder.gain.flatten() for recorder in recorders.values()]).div_(-steps)
+        found["gain"] = torch.zeros_like(gain) if failed else gain
+    if carried is not None and failed:
+        found |= dict(carried)
+    elif carried is not None:
+        # Under a parametrization the state holds what lies under the mask by a name of its own.
+        under = ".parametrizations.weight.original"
+        found |= {name.replace(under, ".weight"): value for name, value in tuned.state_dict().items()}
     if result.accuracy is None or result.loss is None:
-        return 0.0, float("inf"), None if gain is None else torch.zeros_like(gain)
-    return result.accuracy, result.loss, gain
+        return 0.0, float("inf"), found
+    return result.accuracy, result.loss, found
 
 
 class Evidence:

@@ -20,6 +20,8 @@ What every method spends its evaluations on:
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_name
 from ..rl.schedules import Schedule
@@ -41,7 +43,7 @@ from .differentiable import Evidence, probe
 from .features import features
 from .heuristics import METHODS, check_density, scores
 from .latency import masked_latency_s
-from .layers import INT8, PRUNE, Masks
+from .layers import INT8, PRUNE, Layer, Masks
 from .problem import Prices, Problem
 from .statistics import observe
 
@@ -49,6 +51,7 @@ __all__ = ["SEARCHES", "Allocation", "Settings", "search"]
 
 _BUDGET_STEP = 0.3  # nats of score that the upper agent moves a layer by
 _RECENT = 5
+_CARRIED_RATE = 0.3  # of the recipe's
 _CANDIDATES_SHARE = 10  # one in so many evaluations compares candidates
 
 
@@ -61,8 +64,10 @@ class Settings:
             once.
         differentiable: gradients through the mask train the policy too.
         autoencoder: its error is a feature of weights and part of a layer's state.
-        curriculum: the density starts this many times as high, and falls to what was asked over the first
-            half of the evaluations; 1 is no curriculum.
+        carried: the steps of a proposal go on from the weights that those of the one before ended with, and
+            the sizes that LAMP ranks are these weights'; without it both are the trained network's.
+        curriculum: the share of weights that the first proposal keeps; it falls to what was asked over four
+            fifths of the proposals.  0 is no curriculum.
         rate: of the evidence, in deviations of its gradient; falls linearly to a tenth.
         budget_deviation, coefficient_deviation: how far numbers are varied.
     """
@@ -70,7 +75,8 @@ class Settings:
     hierarchical: bool = True
     differentiable: bool = True
     autoencoder: bool = True
-    curriculum: float = 1.0
+    carried: bool = True
+    curriculum: float = 0.3
     rate: float = 0.2
     budget_deviation: float = 0.1
     coefficient_deviation: float = 0.1
@@ -171,9 +177,9 @@ class _Run:
         self.shapes = [layer.weight.shape for layer in layers]
         sizes = [layer.weight.numel() for layer in layers]
         self.sizes = sizes
-        lamp = scores("lamp", layers)
-        tiny = torch.finfo(torch.float32).tiny
-        self.start = torch.cat([lamp[name].flatten().clamp_min(tiny).log() for name in self.names]).float()
+        self.scratch = copy.deepcopy(problem.model)  # for the sizes of weights that are carried
+        self.scratch_layers = [Layer(name, _module(self.scratch, name)) for name in self.names]
+        self.start = self.lamp()
         self.layer_of = torch.repeat_interleave(
             torch.arange(len(sizes), device=self.start.device), torch.tensor(sizes, device=self.start.device)
         )
@@ -205,7 +211,16 @@ class _Run:
             part[mask.flatten() != PRUNE].min() if bool(mask.any()) else part.max() + 1
             for part, mask in zip(torch.split(self.start, self.sizes), self.rule[1].values(), strict=True)
         ]
-        self.start = self.start - torch.stack(lowest)[self.layer_of]
+        self.budgets = -torch.stack(lowest)
+        self.start = self.start + self.budgets[self.layer_of]
+
+    def lamp(self, carried: dict[str, Tensor] | None = None) -> Tensor:
+        """Logarithms of the LAMP scores of the trained weights, or of carried ones: float32 [weights]."""
+        if carried is not None:
+            self.scratch.load_state_dict(carried)
+        found = scores("lamp", self.problem.layers if carried is None else self.scratch_layers)
+        tiny = torch.finfo(torch.float32).tiny
+        return torch.cat([found[name].flatten().clamp_min(tiny).log() for name in self.names]).float()
 
     def masks(self, score: Tensor, int8: Tensor | None = None, density: float | None = None) -> Masks:
         """The masks of scores [weights], in which the layers of ``int8`` (bool [layers]) are quantised."""
@@ -230,20 +245,32 @@ class _Run:
         images: str | None = None,
         counts: bool = True,
         gradients: bool = False,
-    ) -> tuple[float, Tensor | None]:
-        """The reward of masks, and the gain through them.
+        carried: dict[str, Tensor] | None = None,
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The reward of masks, and what the steps found beside (``probe``).
 
         Args:
             of: what they are, for the history.
             images: evaluations that give the same name here are fine-tuned on the same training images; None
                 is a name of their own.
             counts: they are of the asked density and may be what the search ends with.
+            carried: what the steps start from instead of the trained network; they learn more slowly then, so
+                that the masks still suit the trained weights, which the result starts from again.
         """
         seed = child_seed(self.seed, f"probe {images or len(self.history)}")
-        accuracy, loss, gain = self.problem.recall(
-            f"probe {self.steps} {seed} {gradients}",
+        rate = 1.0 if carried is None else _CARRIED_RATE
+        accuracy, loss, found = self.problem.recall(
+            f"probe {self.steps} {seed} {gradients} {'' if carried is None else _digest(carried)}",
             masks,
-            lambda: probe(self.problem, masks, steps=self.steps, seed=seed, gradients=gradients),
+            lambda: probe(
+                self.problem,
+                masks,
+                steps=self.steps,
+                seed=seed,
+                gradients=gradients,
+                carried=carried,
+                rate=rate,
+            ),
         )
         self.problem.evaluations += 1
         total = masking.KEEP_BITS * self.problem.layers.total
@@ -273,7 +300,7 @@ class _Run:
         self.history.append(row)
         if self.log is not None:
             self.log(row)
-        return value, gain
+        return value, found
 
     def settle(self) -> Allocation:
         """Evaluates the candidates side by side, and ends with the best of them."""
@@ -323,8 +350,9 @@ def _learned(run: _Run, agent_class: type[PPO] | type[DQN]) -> None:
     lower = GaussianPPO(deviation, seed=child_seed(run.seed, "lower"))
     changes = torch.tensor([-_BUDGET_STEP, 0.0, _BUDGET_STEP, 0.0])  # the fourth changes the precision
     upper: Agent | None = None
-    curriculum = Schedule(math.log(max(1.0, settings.curriculum)), 0.0, max(1, run.evaluations // 2))
+    first, proposals = len(run.history), run.left
     rates = Schedule(settings.rate, 0.1 * settings.rate, run.evaluations)
+    carried = dict(run.problem.model.state_dict()) if settings.carried and run.steps else None
     masks = run.masks(run.start)
     recent = [run.rule[0]]
     tried_int8 = False
@@ -346,11 +374,18 @@ def _learned(run: _Run, agent_class: type[PPO] | type[DQN]) -> None:
             precision[row] ^= change == 3
         if run.int8 and not tried_int8:
             precision, tried_int8 = torch.ones_like(int8), True  # as the upper agent could do layer by layer
-        score = run.start + proposal.to(run.start)[run.layer_of] + drawn[:count].to(known) @ known
+        score = run.lamp(carried) + (run.budgets + proposal.to(run.budgets))[run.layer_of]
         now = len(run.history)
-        wanted = min(1.0, run.density * math.exp(curriculum.at(now)))
-        masks = run.masks(score + evidence.scores, precision, wanted)
-        value, gain = run.evaluate(masks, counts=wanted == run.density, gradients=differentiable)
+        early = max(0.0, 1 - (now - first) / max(1.0, 0.8 * proposals))
+        # The cubic schedule of Zhu and Gupta, To Prune, or Not to Prune (2018), eq. 1.
+        wanted = run.density + max(0.0, settings.curriculum - run.density) * early**3
+        masks = run.masks(score + drawn[:count].to(known) @ known + evidence.scores, precision, wanted)
+        value, found = run.evaluate(
+            masks, counts=wanted == run.density, gradients=differentiable, carried=carried
+        )
+        gain = found.pop("gain", None)
+        if carried is not None:
+            carried = found
         lower.learn(value)
         if upper is not None:
             upper.learn(value)
@@ -361,6 +396,20 @@ def _learned(run: _Run, agent_class: type[PPO] | type[DQN]) -> None:
         recent = [*recent, value][-_RECENT:]
         if gain is not None:
             evidence.add(gain, rates.at(now))
+
+
+def _module(network: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
+    found = network.get_submodule(name)
+    assert isinstance(found, nn.Linear | nn.Conv2d)
+    return found
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    """One name for equal states."""
+    total = hashlib.sha256()
+    for _, tensor in sorted(state.items()):
+        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _states(run: _Run, masks: Masks) -> Tensor:
