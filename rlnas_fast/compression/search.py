@@ -51,7 +51,7 @@ __all__ = ["SEARCHES", "Allocation", "Settings", "search"]
 
 _BUDGET_STEP = 0.3  # nats of score that the upper agent moves a layer by
 _RECENT = 5
-_CARRIED_RATE = 0.3  # of the recipe's
+_CARRIED_RATE = 0.25  # of the recipe's
 _CANDIDATES_SHARE = 10  # one in so many evaluations compares candidates
 
 
@@ -77,7 +77,7 @@ class Settings:
     autoencoder: bool = True
     carried: bool = True
     curriculum: float = 0.3
-    rate: float = 0.2
+    rate: float = 0.05
     budget_deviation: float = 0.1
     coefficient_deviation: float = 0.1
 
@@ -217,7 +217,8 @@ class _Run:
     def lamp(self, carried: dict[str, Tensor] | None = None) -> Tensor:
         """Logarithms of the LAMP scores of the trained weights, or of carried ones: float32 [weights]."""
         if carried is not None:
-            self.scratch.load_state_dict(carried)
+            own = self.scratch.state_dict()
+            self.scratch.load_state_dict({name: carried[name] for name in own})
         found = scores("lamp", self.problem.layers if carried is None else self.scratch_layers)
         tiny = torch.finfo(torch.float32).tiny
         return torch.cat([found[name].flatten().clamp_min(tiny).log() for name in self.names]).float()
@@ -258,7 +259,6 @@ class _Run:
                 that the masks still suit the trained weights, which the result starts from again.
         """
         seed = child_seed(self.seed, f"probe {images or len(self.history)}")
-        rate = 1.0 if carried is None else _CARRIED_RATE
         accuracy, loss, found = self.problem.recall(
             f"probe {self.steps} {seed} {gradients} {'' if carried is None else _digest(carried)}",
             masks,
@@ -269,7 +269,7 @@ class _Run:
                 seed=seed,
                 gradients=gradients,
                 carried=carried,
-                rate=rate,
+                rate=_CARRIED_RATE,
             ),
         )
         self.problem.evaluations += 1
