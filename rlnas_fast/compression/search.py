@@ -14,8 +14,11 @@ What every method spends its evaluations on:
    budgets alone turn LAMP into the best of them; these are rule(l), and every other correction starts at 0.
 2. Its own proposals.  The n-th evaluation of every method is fine-tuned on the same images, others than
    those before it: masks must be good for more than 20 steps' worth of images.
-3. A tenth of them for three candidates, again on the same images: the best rule, the best proposal, and
-   the weights that the later proposals kept most often.  The best of these is the result.
+   The black boxes' proposals start from the trained weights.  Ours prune gradually: each goes on from the
+   weights, and their sizes, that the one before was left with, and keeps fewer.
+3. A tenth of them, at least 3, for three candidates, from the trained weights and again on the same images:
+   the best rule, the best proposal, and the weights that the later proposals kept most often.  The best of
+   these is the result.  Fewer than 10 evaluations leave no room for this.
 """
 
 from __future__ import annotations
@@ -52,7 +55,6 @@ __all__ = ["SEARCHES", "Allocation", "Settings", "search"]
 _BUDGET_STEP = 0.3  # nats of score that the upper agent moves a layer by
 _RECENT = 5
 _CARRIED_RATE = 0.25  # of the recipe's
-_CANDIDATES_SHARE = 10  # one in so many evaluations compares candidates
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class _Run:
         self.rule: tuple[float, Masks] = (-math.inf, {})
         self.best = self.rule
         self.often = torch.zeros_like(self.start)  # how many of the later proposals kept each weight
-        self.reserved = evaluations // _CANDIDATES_SHARE
+        self.reserved = max(3, evaluations // 10) if evaluations >= 10 else 0  # for the candidates
 
     @property
     def left(self) -> int:
