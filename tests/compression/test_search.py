@@ -65,7 +65,10 @@ def test_the_first_masks_are_those_of_lamp(model: nn.Module, task: Task) -> None
 
 def test_int8_spends_the_same_bits_and_keeps_more(model: nn.Module, task: Task) -> None:
     problem = Problem(model, task)
-    found = search(problem, density=0.05, method="ppo", evaluations=6, fine_tune_steps=2, int8=True)
+    settings = Settings(curriculum=0.0)
+    found = search(
+        problem, density=0.05, method="ppo", evaluations=7, fine_tune_steps=2, int8=True, settings=settings
+    )
     budget = 32 * round(0.05 * problem.layers.total)
     assert budget - 8 < bits(found.states) <= budget
     assert all(row["density"] <= 0.05 for row in found.history)
