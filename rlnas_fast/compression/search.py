@@ -378,7 +378,7 @@ def _learned(run: _Run, agent_class: type[PPO] | type[DQN]) -> None:
             precision, tried_int8 = torch.ones_like(int8), True  # as the upper agent could do layer by layer
         score = run.lamp(carried) + (run.budgets + proposal.to(run.budgets))[run.layer_of]
         now = len(run.history)
-        early = max(0.0, 1 - (now - first) / max(1.0, 0.8 * proposals))
+        early = max(0.0, 1 - (now - first) / max(1.0, 0.8 * (proposals - 1)))
         # The cubic schedule of Zhu and Gupta, To Prune, or Not to Prune (2018), eq. 1.
         wanted = run.density + max(0.0, settings.curriculum - run.density) * early**3
         masks = run.masks(score + drawn[:count].to(known) @ known + evidence.scores, precision, wanted)
