@@ -171,7 +171,7 @@ def test_a_search_that_was_killed_goes_on_from_the_weights_it_carried(
 
     whole = search(Problem(model, task), density=0.05, evaluations=12, fine_tune_steps=2)
     with pytest.raises(KeyboardInterrupt):
-        run(stop_at=8)
+        run(stop_at=6)
     kept_on_disk = {file.name for file in (tmp_path / "gains").iterdir()}
     again = run()
     assert again.history == whole.history
