@@ -107,7 +107,7 @@ class Problem:
         groups: what is kept or pruned as one.
         memory: where evaluations are remembered; those it holds are not made again.
         seed: of the order of images in fine-tuning.
-        gains: a folder for the gradients that evaluations found beside (``recall``), or None to keep none.
+        gains: a folder for the tensors that evaluations found beside (``recall``), or None to keep none.
 
     Attributes:
         layers: those that can be compressed, of the copy.
@@ -179,7 +179,7 @@ class Problem:
         if key not in self._known:
             self.evaluations += 1
             accuracy, loss, _ = self.recall(
-                f"evaluate {fine_tune_steps}", masks, lambda: (*self._evaluate(masks, fine_tune_steps), None)
+                f"evaluate {fine_tune_steps}", masks, lambda: (*self._evaluate(masks, fine_tune_steps), {})
             )
             self._known[key] = Evaluation(accuracy, loss, masking.density(masks), masking.bits(masks))
         return self._known[key]
@@ -188,8 +188,8 @@ class Problem:
         self,
         question: str,
         masks: Mapping[str, Tensor],
-        answer: Callable[[], tuple[float, float, Tensor | None]],
-    ) -> tuple[float, float, Tensor | None]:
+        answer: Callable[[], tuple[float, float, dict[str, Tensor]]],
+    ) -> tuple[float, float, dict[str, Tensor]]:
         """What ``answer`` gives, or what it gave to this question about these masks in an earlier process.
 
         This is how a search that was killed goes on: it asks the same questions again, in the same order, and
@@ -197,27 +197,27 @@ class Problem:
 
         Args:
             question: everything that the answer depends on beside the network, the data and the masks.
-            answer: (accuracy, loss, gain); gain is a tensor or None.
+            answer: (accuracy, loss, tensors found beside).
         """
         if self._memory is None:
             return answer()
         key = self._key(question, masks)
         found = self._memory.get(key)
         if found is not None and found.accuracy is not None and found.loss is not None:
-            if not found.extra.get("gain"):
-                return found.accuracy, found.loss, None
+            if not found.extra.get("tensors"):
+                return found.accuracy, found.loss, {}
             file = None if self._gains is None else self._gains / f"{key}.safetensors"
             if file is not None and file.is_file():
-                return found.accuracy, found.loss, load_file(file, device=str(self.device))["gain"]
-        accuracy, loss, gain = answer()
-        if gain is not None:
+                return found.accuracy, found.loss, load_file(file, device=str(self.device))
+        accuracy, loss, tensors = answer()
+        if tensors:
             if self._gains is None:
-                return accuracy, loss, gain
+                return accuracy, loss, tensors
             self._gains.mkdir(exist_ok=True)
-            save_tensors({"gain": gain}, self._gains / f"{key}.safetensors")
-        extra = {} if gain is None else {"gain": 1.0}
+            save_tensors(tensors, self._gains / f"{key}.safetensors")
+        extra = {"tensors": 1.0} if tensors else {}
         self._memory.put(key, Measurement(accuracy=accuracy, loss=loss, extra=extra))
-        return accuracy, loss, gain
+        return accuracy, loss, tensors
 
     def fine_tune(self, masks: Mapping[str, Tensor], epochs: int, seed: int | None = None) -> nn.Module:
         """A copy of the network, trained under ``masks`` (``fine_tune``)."""

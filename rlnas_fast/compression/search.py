@@ -2,17 +2,29 @@
 
 Every method here corrects the same scores: that of weight g in layer l is
 
-    log LAMP(g) + budget(l) + coefficients . features(g) + evidence(g)
+    log LAMP(g) + rule(l) + budget(l) + coefficients . features(g) + evidence(g)
 
-and the highest are kept.  All corrections start at 0, so the first evaluation of every method is LAMP
-itself, and none ends with a lower reward.  An upper agent picks a layer and changes its budget (or the
-precision of what it keeps); a lower one, one policy for all weights, chooses the coefficients;
-differentiable masks give the evidence. The baselines optimise budgets alone (as AMC does), or budgets and
-coefficients, as black boxes.
+and the highest are kept.  An upper agent picks a layer and changes its budget (or the precision of what it
+keeps); a lower one, one policy for all weights, chooses the coefficients; differentiable masks give the
+evidence.  The baselines optimise budgets alone (as AMC does), or budgets and coefficients, as black boxes.
+
+What every method spends its evaluations on:
+
+1. The five rules, LAMP first, on the same images.  All of them rank the weights of a layer by size, so
+   budgets alone turn LAMP into the best of them; these are rule(l), and every other correction starts at 0.
+2. Its own proposals.  The n-th evaluation of every method is fine-tuned on the same images, others than
+   those before it: masks must be good for more than 20 steps' worth of images.
+   The black boxes' proposals start from the trained weights.  Ours prune gradually: each goes on from the
+   weights, and their sizes, that the one before was left with, and keeps fewer.
+3. A tenth of them, at least 3, for three candidates, from the trained weights and again on the same images:
+   the best rule, the best proposal, and the weights that the later proposals kept most often.  The best of
+   these is the result.  Fewer than 10 evaluations leave no room for this.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_name
 from ..rl.schedules import Schedule
@@ -32,9 +44,9 @@ from .autoencoder import Autoencoder
 from .black_boxes import CrossEntropy, Random, Sampler
 from .differentiable import Evidence, probe
 from .features import features
-from .heuristics import check_density, scores
+from .heuristics import METHODS, check_density, scores
 from .latency import masked_latency_s
-from .layers import PRUNE, Masks
+from .layers import INT8, PRUNE, Layer, Masks
 from .problem import Prices, Problem
 from .statistics import observe
 
@@ -42,6 +54,7 @@ __all__ = ["SEARCHES", "Allocation", "Settings", "search"]
 
 _BUDGET_STEP = 0.3  # nats of score that the upper agent moves a layer by
 _RECENT = 5
+_CARRIED_RATE = 0.25  # of the recipe's
 
 
 @dataclass(frozen=True)
@@ -53,34 +66,33 @@ class Settings:
             once.
         differentiable: gradients through the mask train the policy too.
         autoencoder: its error is a feature of weights and part of a layer's state.
-        curriculum: the density starts this many times as high, and falls to what was asked over the first
-            half of the evaluations; 1 is no curriculum.
-        rate: of the evidence, in deviations of its gradient; falls linearly to a tenth.  When the rewards of
-            late are below LAMP's, it is halved and the evidence goes back to what it was at the best.
-        least_gain: by which the best reward must be above LAMP's for LAMP to be left.  Evaluations differ by
-            chance, and of 60 equally good ones the best looks better by about as much.
+        carried: the steps of a proposal go on from the weights that those of the one before ended with, and
+            the sizes that LAMP ranks are these weights'; without it both are the trained network's.
+        curriculum: the share of weights that the first proposal keeps; it falls to what was asked over four
+            fifths of the proposals.  0 is no curriculum.
+        rate: of the evidence, in deviations of its gradient; falls linearly to a tenth.
         budget_deviation, coefficient_deviation: how far numbers are varied.
     """
 
     hierarchical: bool = True
     differentiable: bool = True
     autoencoder: bool = True
-    curriculum: float = 1.0
-    rate: float = 0.2
-    least_gain: float = 0.01
+    carried: bool = True
+    curriculum: float = 0.3
+    rate: float = 0.05
     budget_deviation: float = 0.1
     coefficient_deviation: float = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """What a search ends with: the masks of the highest reward, or LAMP's where that is hardly better.
+    """What a search ends with: the best of its candidates, or with few evaluations the best of these.
 
     Attributes:
         masks: by layer, bool: what stays.
         states: by layer, uint8: 0 prune, 1 keep, 2 int8.
-        history: one row an evaluation: reward, accuracy, loss, density, kept share of each layer, best so
-            far.
+        history: one row an evaluation: what it was of (a rule, "proposal", or a candidate), reward,
+            accuracy, loss, density, kept share of each layer, best reward so far.
     """
 
     masks: Masks
@@ -116,7 +128,7 @@ def search(
     Args:
         problem: the network and its task; only training and validation splits are read.
         density: share of weights that stay, or with ``int8`` of the bits.
-        evaluations: how many masks are evaluated on the validation split, LAMP's included.
+        evaluations: on the validation split, those of the rules and of the candidates included.
         int8: lets layers be kept in 8 bits.
         reward: prices beside the validation accuracy.
         log: called with each row of the history.
@@ -139,8 +151,9 @@ def search(
         run = _Run(
             problem, density, evaluations, seed, int8, reward or Prices(), log, fine_tune_steps, settings
         )
+        run.begin()
         SEARCHES[method](run)
-    return run.result()
+        return run.settle()
 
 
 class _Run:
@@ -166,9 +179,9 @@ class _Run:
         self.shapes = [layer.weight.shape for layer in layers]
         sizes = [layer.weight.numel() for layer in layers]
         self.sizes = sizes
-        lamp = scores("lamp", layers)
-        tiny = torch.finfo(torch.float32).tiny
-        self.start = torch.cat([lamp[name].flatten().clamp_min(tiny).log() for name in self.names]).float()
+        self.scratch = copy.deepcopy(problem.model)  # for the sizes of weights that are carried
+        self.scratch_layers = [Layer(name, _module(self.scratch, name)) for name in self.names]
+        self.start = self.lamp()
         self.layer_of = torch.repeat_interleave(
             torch.arange(len(sizes), device=self.start.device), torch.tensor(sizes, device=self.start.device)
         )
@@ -176,14 +189,41 @@ class _Run:
             Autoencoder(layers, seed=seed) if settings.autoencoder or prices.reconstruction else None
         )
         self.history: list[dict[str, Any]] = []
-        self.first: tuple[float, Masks] = (-math.inf, {})
-        self.best = self.first
-        self.least_gain = 0.0
+        self.rule: tuple[float, Masks] = (-math.inf, {})
+        self.best = self.rule
+        self.often = torch.zeros_like(self.start)  # how many of the later proposals kept each weight
+        self.reserved = max(3, evaluations // 10) if evaluations >= 10 else 0  # for the candidates
 
     @property
     def left(self) -> int:
-        """How many evaluations may still be made."""
-        return self.evaluations - len(self.history)
+        """How many proposals may still be evaluated."""
+        return self.evaluations - self.reserved - len(self.history)
+
+    def begin(self) -> None:
+        """Evaluates the rules, and starts at the best of them."""
+        for name in ("lamp", *(name for name in METHODS if name != "lamp")):
+            if len(self.history) == self.evaluations:
+                break
+            scored = scores(name, self.problem.layers, density=self.density)
+            masks = self.masks(torch.cat([scored[layer].flatten() for layer in self.names]))
+            value, _ = self.evaluate(masks, of=name, images="rules")
+            if value > self.rule[0]:
+                self.rule = value, masks
+        lowest = [
+            part[mask.flatten() != PRUNE].min() if bool(mask.any()) else part.max() + 1
+            for part, mask in zip(torch.split(self.start, self.sizes), self.rule[1].values(), strict=True)
+        ]
+        self.budgets = -torch.stack(lowest)
+        self.start = self.start + self.budgets[self.layer_of]
+
+    def lamp(self, carried: dict[str, Tensor] | None = None) -> Tensor:
+        """Logarithms of the LAMP scores of the trained weights, or of carried ones: float32 [weights]."""
+        if carried is not None:
+            own = self.scratch.state_dict()
+            self.scratch.load_state_dict({name: carried[name] for name in own})
+        found = scores("lamp", self.problem.layers if carried is None else self.scratch_layers)
+        tiny = torch.finfo(torch.float32).tiny
+        return torch.cat([found[name].flatten().clamp_min(tiny).log() for name in self.names]).float()
 
     def masks(self, score: Tensor, int8: Tensor | None = None, density: float | None = None) -> Masks:
         """The masks of scores [weights], in which the layers of ``int8`` (bool [layers]) are quantised."""
@@ -201,21 +241,38 @@ class _Run:
         return self.problem.project(by_layer, self.density if density is None else density, int8=cheap)
 
     def evaluate(
-        self, masks: Masks, *, counts: bool = True, fresh: bool = False, gradients: bool = False
-    ) -> tuple[float, Tensor | None]:
-        """The reward of masks, and the gain through them.
+        self,
+        masks: Masks,
+        *,
+        of: str = "proposal",
+        images: str | None = None,
+        counts: bool = True,
+        gradients: bool = False,
+        carried: dict[str, Tensor] | None = None,
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The reward of masks, and what the steps found beside (``probe``).
 
         Args:
+            of: what they are, for the history.
+            images: evaluations that give the same name here are fine-tuned on the same training images; None
+                is a name of their own.
             counts: they are of the asked density and may be what the search ends with.
-            fresh: other images than in the evaluation before; otherwise the same ones, so that masks are
-                compared on equal terms.
+            carried: what the steps start from instead of the trained network; they learn more slowly then, so
+                that the masks still suit the trained weights, which the result starts from again.
         """
-        which = len(self.history) if fresh else 0
-        seed = child_seed(self.seed, f"probe {which}")
-        accuracy, loss, gain = self.problem.recall(
-            f"probe {self.steps} {seed} {gradients}",
+        seed = child_seed(self.seed, f"probe {images or len(self.history)}")
+        accuracy, loss, found = self.problem.recall(
+            f"probe {self.steps} {seed} {gradients} {'' if carried is None else _digest(carried)}",
             masks,
-            lambda: probe(self.problem, masks, steps=self.steps, seed=seed, gradients=gradients),
+            lambda: probe(
+                self.problem,
+                masks,
+                steps=self.steps,
+                seed=seed,
+                gradients=gradients,
+                carried=carried,
+                rate=_CARRIED_RATE,
+            ),
         )
         self.problem.evaluations += 1
         total = masking.KEEP_BITS * self.problem.layers.total
@@ -228,12 +285,13 @@ class _Run:
             if self.prices.latency_ms
             else 0.0,
         )
-        if not self.history:
-            self.first = value, masks
         if counts and value > self.best[0]:
             self.best = value, masks
+        if counts and of == "proposal" and 2 * len(self.history) >= self.evaluations:
+            self.often += torch.cat([mask.flatten() != PRUNE for mask in masks.values()])
         row = {
             "evaluation": len(self.history),
+            "of": of,
             "reward": value,
             "accuracy": accuracy,
             "loss": loss,
@@ -244,11 +302,23 @@ class _Run:
         self.history.append(row)
         if self.log is not None:
             self.log(row)
-        return value, gain
+        return value, found
 
-    def result(self) -> Allocation:
-        left = self.best[0] >= self.first[0] + self.least_gain
-        masks = self.best[1] if left else self.first[1]
+    def settle(self) -> Allocation:
+        """Evaluates the candidates side by side, and ends with the best of them."""
+        candidates = {"best rule": self.rule[1], "best proposal": self.best[1]}
+        if bool(self.often.any()):
+            # Among weights that were kept as often, those with the higher score at the start.
+            order = self.start.argsort().argsort().to(self.often) / len(self.start)
+            int8 = torch.tensor([bool((mask == INT8).any()) for mask in self.best[1].values()])
+            candidates["most often kept"] = self.masks(self.often + order, int8)
+        rewards = dict.fromkeys(candidates, 0.0)
+        masks = self.best[1]
+        if rounds := self.reserved // len(candidates):
+            for number in range(rounds):
+                for name, candidate in candidates.items():
+                    rewards[name] += self.evaluate(candidate, of=name, images=f"candidates {number}")[0]
+            masks = candidates[max(rewards, key=rewards.__getitem__)]
         return Allocation(
             {name: mask != PRUNE for name, mask in masks.items()},
             {name: mask.to(torch.uint8) for name, mask in masks.items()},
@@ -270,7 +340,6 @@ class _Run:
 def _learned(run: _Run, agent_class: type[PPO] | type[DQN]) -> None:
     """The hierarchy: the upper agent moves one layer's budget, the lower one the policy of all weights."""
     settings, problem = run.settings, run.problem
-    run.least_gain = settings.least_gain
     known = features(problem, run.autoencoder if settings.autoencoder else None)
     layers, count = len(run.names), len(known)
     budgets = torch.zeros(layers)
@@ -283,54 +352,66 @@ def _learned(run: _Run, agent_class: type[PPO] | type[DQN]) -> None:
     lower = GaussianPPO(deviation, seed=child_seed(run.seed, "lower"))
     changes = torch.tensor([-_BUDGET_STEP, 0.0, _BUDGET_STEP, 0.0])  # the fourth changes the precision
     upper: Agent | None = None
-    curriculum = Schedule(math.log(max(1.0, settings.curriculum)), 0.0, max(1, run.evaluations // 2))
-    rates, halved = Schedule(settings.rate, 0.1 * settings.rate, run.evaluations), 1.0
-    best, best_evidence = -math.inf, evidence.copy()
+    first, proposals = len(run.history), run.left
+    rates = Schedule(settings.rate, 0.1 * settings.rate, run.evaluations)
+    carried = dict(run.problem.model.state_dict()) if settings.carried and run.steps else None
     masks = run.masks(run.start)
-    recent: list[float] = []
+    recent = [run.rule[0]]
+    tried_int8 = False
     while run.left:
-        trial = len(run.history)
+        drawn = lower.act()
         proposal, precision = budgets, int8
-        coefficients = torch.zeros(count)
-        if trial:
-            drawn = lower.act()
-            coefficients = drawn[:count]
-            if not settings.hierarchical:
-                proposal = drawn[count:]
-            else:
-                states = _states(run, masks)
-                if upper is None:
-                    start = torch.tensor([0.0, 1.0, 0.0, 0.0])
-                    upper = agent_class(states.shape[2], start, seed=child_seed(run.seed, "upper"))
-                allowed = torch.ones(1, layers, 4, dtype=torch.bool)
-                allowed[:, :, 3] = run.int8
-                row, change = divmod(int(upper.act(states, allowed.flatten(1))), 4)
-                proposal, precision = budgets.clone(), int8.clone()
-                proposal[row] += changes[change]
-                precision[row] ^= change == 3
-        if run.int8 and trial == 1:
-            precision = torch.ones_like(int8)  # as the upper agent could do layer by layer
-        score = run.start + proposal.to(run.start)[run.layer_of] + coefficients.to(known) @ known
-        wanted = min(1.0, run.density * math.exp(curriculum.at(trial) if trial else 0.0))
-        masks = run.masks(score + evidence.scores, precision, wanted)
-        value, gain = run.evaluate(masks, counts=wanted == run.density, fresh=True, gradients=differentiable)
-        if trial:
-            lower.learn(value)
-            if upper is not None:
-                upper.learn(value)
-            # A change stays if the reward is not below that of late; budgets without the hierarchy are drawn.
-            if not recent or value >= float(np.mean(recent)):
-                int8 = precision
-                budgets = proposal if settings.hierarchical else budgets
-        recent = [*recent, value][-_RECENT:]
-        if gain is None:
-            continue
-        if wanted == run.density and value > best:
-            best, best_evidence = value, evidence.copy()
-        if len(recent) == _RECENT and float(np.mean(recent)) < run.first[0]:
-            evidence, halved, recent = best_evidence.copy(), halved / 2, []
+        if not settings.hierarchical:
+            proposal = drawn[count:]
         else:
-            evidence.add(gain, halved * rates.at(trial))
+            states = _states(run, masks)
+            if upper is None:
+                start = torch.tensor([0.0, 1.0, 0.0, 0.0])
+                upper = agent_class(states.shape[2], start, seed=child_seed(run.seed, "upper"))
+            allowed = torch.ones(1, layers, 4, dtype=torch.bool)
+            allowed[:, :, 3] = run.int8
+            row, change = divmod(int(upper.act(states, allowed.flatten(1))), 4)
+            proposal, precision = budgets.clone(), int8.clone()
+            proposal[row] += changes[change]
+            precision[row] ^= change == 3
+        if run.int8 and not tried_int8:
+            precision, tried_int8 = torch.ones_like(int8), True  # as the upper agent could do layer by layer
+        score = run.lamp(carried) + (run.budgets + proposal.to(run.budgets))[run.layer_of]
+        now = len(run.history)
+        early = max(0.0, 1 - (now - first) / max(1.0, 0.8 * (proposals - 1)))
+        # The cubic schedule of Zhu and Gupta, To Prune, or Not to Prune (2018), eq. 1.
+        wanted = run.density + max(0.0, settings.curriculum - run.density) * early**3
+        masks = run.masks(score + drawn[:count].to(known) @ known + evidence.scores, precision, wanted)
+        value, found = run.evaluate(
+            masks, counts=wanted == run.density, gradients=differentiable, carried=carried
+        )
+        gain = found.pop("gain", None)
+        if carried is not None:
+            carried = found
+        lower.learn(value)
+        if upper is not None:
+            upper.learn(value)
+        # A change stays if the reward is not below that of late; budgets without the hierarchy are drawn.
+        if value >= float(np.mean(recent)):
+            int8 = precision
+            budgets = proposal if settings.hierarchical else budgets
+        recent = [*recent, value][-_RECENT:]
+        if gain is not None:
+            evidence.add(gain, rates.at(now))
+
+
+def _module(network: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
+    found = network.get_submodule(name)
+    assert isinstance(found, nn.Linear | nn.Conv2d)
+    return found
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    """One name for equal states."""
+    total = hashlib.sha256()
+    for _, tensor in sorted(state.items()):
+        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _states(run: _Run, masks: Masks) -> Tensor:
@@ -357,16 +438,14 @@ def _black_box(run: _Run, make: Callable[..., Sampler], *, ratios: bool) -> None
     known = None if ratios else features(run.problem, run.autoencoder if run.settings.autoencoder else None)
     size = layers + (0 if known is None else len(known))
     sampler = make(torch.full((size,), _WIDTH), seed=child_seed(run.seed, "sampler"))
+    int8 = torch.ones(layers, dtype=torch.bool) if run.int8 else None
     while run.left:
-        numbers = torch.zeros(size) if not run.history else sampler.act()
+        numbers = sampler.act()
         score = run.start + numbers[:layers].to(run.start)[run.layer_of]
         if known is not None:
             score = score + numbers[layers:].to(known) @ known
-        first = not run.history
-        all_int8 = torch.ones(layers, dtype=torch.bool) if run.int8 and not first else None
-        value, _ = run.evaluate(run.masks(score, all_int8))
-        if not first:
-            sampler.learn(value)
+        value, _ = run.evaluate(run.masks(score, int8))
+        sampler.learn(value)
 
 
 SEARCHES: dict[str, Callable[[_Run], None]] = {

@@ -332,24 +332,24 @@ def test_a_killed_search_makes_no_evaluation_twice(
 ) -> None:
     arguments = [
         "compress", "--model=lenet-300-100", "--method=ppo", "--density=0.05", "--base-epochs=1",
-        "--evaluations=8", "--set=latency_batch=4",
+        "--evaluations=12", "--set=latency_batch=4",
     ]  # fmt: skip
     process = rlnas(tmp_path, *arguments, "--out=killed")
     log = tmp_path / "killed" / "evaluations.sqlite"
     deadline = time.monotonic() + 60
-    while (not log.exists() or len(rows(log)) < 2) and process.poll() is None and time.monotonic() < deadline:
+    while (not log.exists() or len(rows(log)) < 7) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     _, message = process.communicate()
     before = rows(log)
-    assert 2 <= len(before) < 8, message
+    assert 7 <= len(before) < 12, message
     assert main([*arguments, f"--out={tmp_path / 'killed'}", "--json"]) == 0
     out = capsys.readouterr().out
     after = rows(log)
     assert {key: after[key] for key in before} == before
     assert main([*arguments, f"--out={tmp_path / 'whole'}", "--json"]) == 0
     one, other = json.loads(out), json.loads(capsys.readouterr().out)
-    assert one["evaluations"] == other["evaluations"] == 8
+    assert one["evaluations"] == other["evaluations"] == 12
     assert one["history"] == other["history"]
     assert one["layers"] == other["layers"]
     assert set(after) == set(rows(tmp_path / "whole" / "evaluations.sqlite"))

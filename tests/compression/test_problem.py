@@ -67,19 +67,18 @@ def test_gradients_are_recalled_with_the_evaluation_that_found_them(
 ) -> None:
     asked = []
 
-    def answer() -> tuple[float, float, torch.Tensor]:
+    def answer() -> tuple[float, float, dict[str, torch.Tensor]]:
         asked.append(1)
-        return 0.5, float("inf"), torch.arange(3.0)
+        return 0.5, float("inf"), {"gain": torch.arange(3.0)}
 
-    def recall() -> tuple[float, float, torch.Tensor | None]:
+    def recall() -> tuple[float, float, dict[str, torch.Tensor]]:
         with SqliteCache(tmp_path / "log.sqlite") as log:
             problem = Problem(model, task, memory=log, gains=tmp_path / "gains")
             return problem.recall("probe 0", problem.by_rule("lamp", 0.1), answer)
 
     for _ in range(2):
-        accuracy, loss, gain = recall()
-        assert gain is not None
-        assert (accuracy, loss, gain.tolist()) == (0.5, float("inf"), [0, 1, 2])
+        accuracy, loss, found = recall()
+        assert (accuracy, loss, found["gain"].tolist()) == (0.5, float("inf"), [0, 1, 2])
     assert len(asked) == 1
     for file in (tmp_path / "gains").iterdir():
         file.unlink()
