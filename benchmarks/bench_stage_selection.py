@@ -54,16 +54,15 @@ AGENTS = ("q-table", "dqn", "reinforce", "ppo")
 CHOSEN = "dqn"  # by validation tables alone; the figures with a bound are this agent's
 LEAST_HEADROOM = 0.3  # points
 ONLINE_AGENT = "q-table"
-# Uniform at first, so that no stage looks good for having been trained more often; then only the best.  With
-# images of one kind, rows of the table would be phases of the training.
-ONLINE_OPTIONS: dict[str, object] = {"rows": 1, "epsilon": 1.0}
+# Uniform at first, so that no stage looks good for having been trained more often; then only the best.
+ONLINE_OPTIONS: dict[str, object] = {"rows": 4, "epsilon": 1.0}
 ONLINE: dict[str, dict[str, object]] = {
     "digits": {"validation_fraction": 0.4},
     "fashion-mnist": {"validation_fraction": 0.8, "train_size": 3000},
 }
 JUDGES = {"digits": 144, "fashion-mnist": 1024}  # validation images that reward decisions; the rest is judged
 ONLINE_SETTINGS: dict[str, object] = {
-    "epochs": 24, "recipe": {"batch_size": 64}, "block": {"subsample": 2}, "explore_until": 0.3
+    "epochs": 12, "recipe": {"batch_size": 64}, "block": {"subsample": 2}, "explore_until": 0.3
 }  # fmt: skip
 TABLES_CODE = [
     stage_regimes,

@@ -8,8 +8,9 @@
 namespace py = pybind11;
 
 void register_activation_statistics(py::module_& module) {
-  module.def("activation_statistics", [](std::uintptr_t data, int64_t channels, int64_t channel_stride,
-                                         std::uintptr_t places, int64_t positions, int64_t thin, int threads) {
+  using Pointer = std::uintptr_t;
+  module.def("activation_statistics", [](Pointer data, int64_t channels, int64_t channel_stride,
+                                         Pointer places, int64_t positions, int64_t thin, int threads) {
     const py::gil_scoped_release release;
     const rlnas::LookedAt x{reinterpret_cast<const float*>(data),
                             channels,

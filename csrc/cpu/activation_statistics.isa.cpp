@@ -1,5 +1,5 @@
-// One pass over the positions: gathered tile by tile, each tile added to sums, products of channels and a count
-// of what is not 0; then all five statistics from those, and from a histogram of some of the values.
+// One pass over the positions: gathered tile by tile, each tile added to sums, products of channels and a
+// count of what is not 0; then all five statistics from those, and from a histogram of some of the values.
 #include "cpu/activation_statistics.h"
 
 #include <cmath>
@@ -13,8 +13,8 @@
 namespace rlnas::RLNAS_ISA {
 namespace {
 
-constexpr int64_t kTile = 64;             // positions whose values are held at once
-constexpr int64_t kFewChannels = 256;     // up to which the memory of more chunks is no matter
+constexpr int64_t kTile = 64;               // positions whose values are held at once
+constexpr int64_t kFewChannels = 256;       // up to which the memory of more chunks is no matter
 enum { kSums, kSome, kRows, kTransposed };  // slots of scratch
 
 struct Chunk {
@@ -23,7 +23,8 @@ struct Chunk {
   int64_t nonzero = 0;
 };
 
-void add_chunk(const LookedAt& x, const float* shift, int64_t ld, float* some, int64_t some_ld, Chunk& chunk) {
+void add_chunk(const LookedAt& x, const float* shift, int64_t ld, float* some, int64_t some_ld,
+               Chunk& chunk) {
   const int64_t C = x.channels;
   float* rows = scratch<kRows>(C * kTile);
   float* transposed = scratch<kTransposed>(kTile * ld);
@@ -32,9 +33,7 @@ void add_chunk(const LookedAt& x, const float* shift, int64_t ld, float* some, i
   std::memset(transposed, 0, sizeof(float) * kTile * ld);  // columns beyond C stay 0
   int64_t nonzero = 0;
   for (int64_t first = chunk.begin; first < chunk.end; first += kTile) {
-    const int64_t count = std::min(kTile, chunk.end - first);
-    // volatile: one load after another, since vector gathers take longer
-    const volatile int64_t* places = x.places + first;
+    const int64_t count = std::min(kTile, chunk.end - first), *places = x.places + first;
     for (int64_t c = 0; c < C; c++) {
       const float* from = x.data + c * x.channel_stride;
       float *row = rows + c * kTile, total = 0;
@@ -119,7 +118,8 @@ ActivationStatistics activation_statistics(const LookedAt& x) {
   const int64_t near = std::min(kTile, x.positions);
   for (int64_t c = 0; c < C; c++) {
     float total = 0;
-    for (int64_t p = 0; p < near; p++) total += x.data[c * x.channel_stride + x.places[p * (x.positions / near)]];
+    for (int64_t p = 0; p < near; p++)
+      total += x.data[c * x.channel_stride + x.places[p * (x.positions / near)]];
     shift[c] = total / near;
   }
   std::vector<Chunk> chunks;
@@ -127,7 +127,8 @@ ActivationStatistics activation_statistics(const LookedAt& x) {
     const int64_t start = part < parts ? 0 : half, length = part < parts ? half : x.positions - half;
     const int64_t at = part % parts;
     float* products = space + C + part * C * (ld + 1);
-    chunks.push_back({start + length * at / parts, start + length * (at + 1) / parts, products + C * ld, products});
+    chunks.push_back(
+        {start + length * at / parts, start + length * (at + 1) / parts, products + C * ld, products});
   }
 #pragma omp parallel for schedule(static) num_threads(std::min<int64_t>(x.threads, 2 * parts))
   for (int64_t part = 0; part < 2 * parts; part++) add_chunk(x, shift, ld, some, some_ld, chunks[part]);

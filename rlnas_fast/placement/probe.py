@@ -22,7 +22,7 @@ __all__ = ["ActivationProbe", "LayerStatistics", "layer_statistics"]
 
 BINS = 64
 REACH = 4.0  # deviations on either side of the mean that the histogram covers
-VALUES = 2**18
+VALUES = 3 * 2**17
 ENTROPY_VALUES = 2**15  # are enough for an entropy
 
 
@@ -48,10 +48,10 @@ class ActivationProbe:
     """Watches layers through forward hooks and keeps statistics of their latest activations, detached.
 
     A hook looks at every n-th position of every channel, so that at most about ``values`` values are seen;
-    equal activations give equal statistics.  Float32 activations on the CPU are reduced to their statistics
-    there and then, in one pass of a compiled kernel over those positions.  Elsewhere a copy of them is kept on
-    the device, so that no pass waits for it, and what it says is worked out when it is asked for.  A layer
-    with a block inserted is watched before the block.
+    equal activations give equal statistics.  Those of float32 on the CPU are worked out there and then, by
+    a compiled kernel that passes once over those positions, and nothing else is kept.  Elsewhere a copy of
+    what is looked at stays on the device, so that no pass waits for it, until its statistics are asked for.
+    A layer with a block inserted is watched before the block.
 
     Args:
         network: any module; a compiled one counts as the module it was made from.  Attach the probe before
@@ -94,10 +94,12 @@ class ActivationProbe:
     @property
     def statistics(self) -> dict[str, LayerStatistics]:
         """Of the latest pass, by layer; a layer that has not run yet is left out."""
+        found = {}
         for name, seen in self._seen.items():
             if isinstance(seen, Tensor):
-                self._seen[name] = _statistics(seen, thin=self._values is not None)
-        return {name: self._seen[name] for name in self.layers if name in self._seen}  # type: ignore[misc]
+                seen = self._seen[name] = _statistics(seen, thin=self._values is not None)
+            found[name] = seen
+        return found
 
     def state(self) -> Tensor:
         """Float32 [F] on the CPU: the statistics of the latest pass, layer by layer; log(1 + v) of variances.
@@ -108,7 +110,8 @@ class ActivationProbe:
         missing = [name for name in self.layers if name not in self._seen]
         if missing:
             raise DataError(f"layer {missing[0]!r} has not run since the probe was attached")
-        table = np.array(list(self.statistics.values()))
+        statistics = self.statistics
+        table = np.array([statistics[name] for name in self.layers])
         for name, row in zip(self.layers, table, strict=True):
             if not np.isfinite(row).all():
                 raise DataError(

@@ -96,12 +96,9 @@ class Placement:
         decide: a new decision for every "batch", at every change of the "regime", or every "epoch".
         revert_below: after a smaller reward the network, its blocks and its optimiser are set back to what
             they were before the decision, and decisions taken since are forgotten; None never does.
-        explore_until: share of the training during which the agent explores and learns.  From then on it does
-            what it thinks best and learns no more (explore-then-commit; Garivier et al. 2016): the chosen
-            block is trained for most of the passes, as one that always was there would be, and the network
-            ends with the statistics of BatchNorm that it will be used with.  Rewards from then on are only
-            recorded: they would be of the chosen stage alone, and fall as training converges, so that a
-            stage that was not tried since would look better for having been tried earlier.
+        explore_until: share of the training after which the agent only does what it thinks best, so that
+            the chosen block is trained for most of the passes, as one that always was there would be, and
+            the network ends with the statistics of BatchNorm that it will be used with.
         label_smoothing: of the training loss.
         added_latency: of each action, where it has a price.
         forward: what answers in training passes, such as a compiled form of the network; None is the network.
@@ -263,9 +260,6 @@ class Placement:
             if decision in self._waiting:  # unless it was forgotten meanwhile
                 self._reward(decision)
 
-    def _explores(self, step: int) -> bool:
-        return step < self._explore_until * self.total
-
     def _is_due(self, batch: Batch) -> bool:
         wanted = (self.epoch, batch.regime if self._decide == "regime" else "")
         if self._decide != "batch" and self._held is not None and self._held_for == wanted:
@@ -276,7 +270,7 @@ class Placement:
     def _choose(self, batch: Batch) -> None:
         self.inserter.remove()
         state = self.probe.observe(batch.x)
-        action = self.agent.select(state, explore=self._explores(self.step))
+        action = self.agent.select(state, explore=self.step < self._explore_until * self.total)
         if not 0 <= action < len(self.inserter.names):
             raise ConfigError(f"the agent chose action {action}; there are {len(self.inserter.names)}")
         best = self.agent.select(state, explore=False)
@@ -319,8 +313,7 @@ class Placement:
             after = self._score(decision.action, decision.judge)
         reward = self.rule.reward(decision.before, after, without, self.added_latency.shares[decision.action])
         self._waiting.remove(decision)
-        if self._explores(decision.step):
-            self.agent.update(decision.state, decision.action, reward)
+        self.agent.update(decision.state, decision.action, reward)
         reverted = self._revert_below is not None and reward < self._revert_below
         self.rewarded.append(
             {
