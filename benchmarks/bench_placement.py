@@ -128,7 +128,7 @@ def _shares(
         watched(inputs[turn % INPUTS])
         watch.state()
 
-    times = interleaved({"plain": plain, "seen": seen, "read": read}, repeats=9 if quick else 61)
+    times = interleaved({"plain": plain, "seen": seen, "read": read}, repeats=9 if quick else 31)
     for each, what in (("seen", "a watched pass"), ("read", "a watched pass and its state")):
         figure, detail = ratio({kind: times[kind] for kind in ("plain", each)}, "plain", [each])
         yield Row(
