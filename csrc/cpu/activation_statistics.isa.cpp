@@ -13,7 +13,7 @@
 namespace rlnas::RLNAS_ISA {
 namespace {
 
-constexpr int64_t kTile = 64;               // positions whose values are held at once
+constexpr int64_t kTile = 256;              // positions whose values are held at once
 constexpr int64_t kFewChannels = 256;       // up to which the memory of more chunks is no matter
 enum { kSums, kSome, kRows, kTransposed };  // slots of scratch
 
