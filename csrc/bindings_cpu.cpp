@@ -10,6 +10,7 @@ namespace py = pybind11;
 void register_nonlocal_attention(py::module_& module);
 void register_concatenation(py::module_& module);
 void register_masked_matmul(py::module_& module);
+void register_activation_statistics(py::module_& module);
 
 PYBIND11_MODULE(_cpu, module) {
   module.def("set_isa", &rlnas::set_isa, py::arg("name"), "Forces an instruction set; \"auto\" undoes it.");
@@ -18,4 +19,5 @@ PYBIND11_MODULE(_cpu, module) {
   register_nonlocal_attention(module);
   register_concatenation(module);
   register_masked_matmul(module);
+  register_activation_statistics(module);
 }

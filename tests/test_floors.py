@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "evaluators": {"search", "training"},
     "networks": {"nn", "search"},
     "compression": {"networks", "nn", "ops", "rl", "training", "hardware", "search"},
-    "placement": {"nn", "rl", "training", "hardware", "search"},
+    "placement": {"nn", "ops", "rl", "training", "hardware", "search"},
     "costs": EVERYTHING - {"cli", "comparison", "environments", "experiments", *RUNS},
     "compose": EVERYTHING - {"cli", "comparison", "environments", "experiments", *RUNS},
     "environments": {"compose", "envs", "search"},

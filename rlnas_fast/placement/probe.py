@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import ConfigError, DataError, ShapeError, unknown_name
+from ..errors import ConfigError, DataError, KernelUnavailable, ShapeError, unknown_name
+from ..ops import native
 from .inserter import StageWithBlock
 from .stages import observing, plain_network, run_network
 
@@ -21,8 +22,8 @@ __all__ = ["ActivationProbe", "LayerStatistics", "layer_statistics"]
 
 BINS = 64
 REACH = 4.0  # deviations on either side of the mean that the histogram covers
-VALUES = 2**17
-ENTROPY_VALUES = 2**14  # are enough for an entropy
+VALUES = 3 * 2**17
+ENTROPY_VALUES = 2**15  # are enough for an entropy
 
 
 class LayerStatistics(NamedTuple):
@@ -46,16 +47,17 @@ class LayerStatistics(NamedTuple):
 class ActivationProbe:
     """Watches layers through forward hooks and keeps statistics of their latest activations, detached.
 
-    A hook takes every n-th position of every channel, so that about ``values`` values are seen; equal
-    activations give equal statistics.  That copy is all that a pass costs and all that is kept of it, on the
-    device; what it says is worked out when it is asked for.  A layer with a block inserted is watched before
-    the block.
+    A hook looks at every n-th position of every channel, so that at most about ``values`` values are seen;
+    equal activations give equal statistics.  Those of float32 on the CPU are worked out there and then, by
+    a compiled kernel that passes once over those positions, and nothing else is kept.  Elsewhere a copy of
+    what is looked at stays on the device, so that no pass waits for it, until its statistics are asked for.
+    A layer with a block inserted is watched before the block.
 
     Args:
         network: any module; a compiled one counts as the module it was made from.  Attach the probe before
             the network is compiled for the first time, since PyTorch does not look for new hooks after it.
         layers: names of modules whose output is [B, C, ...] or [B, C].
-        values: about how many to look at in each layer; None looks at all.
+        values: about how many to look at in each layer, at most; None looks at all.
         watch: look at every pass; else only ``observe`` looks, and other passes cost nothing.
     Raises:
         ConfigError: a name that does not exist, or ``values`` below 1.
@@ -75,7 +77,7 @@ class ActivationProbe:
             if name not in known:
                 raise unknown_name("layer", name, known)
         self._values = values
-        self._seen: dict[str, Tensor] = {}  # float32 [C, n]
+        self._seen: dict[str, LayerStatistics | Tensor] = {}  # or float32 [C, n], from which they follow
         self._stop_when_seen = False
         # A layer that stands behind a block's wrapper is reached by the name of the wrapper.
         modules = {name: _behind(known[name]) for name in self.layers}
@@ -92,7 +94,12 @@ class ActivationProbe:
     @property
     def statistics(self) -> dict[str, LayerStatistics]:
         """Of the latest pass, by layer; a layer that has not run yet is left out."""
-        return {name: self._statistics(self._seen[name]) for name in self.layers if name in self._seen}
+        found = {}
+        for name, seen in self._seen.items():
+            if isinstance(seen, Tensor):
+                seen = self._seen[name] = _statistics(seen, thin=self._values is not None)
+            found[name] = seen
+        return found
 
     def state(self) -> Tensor:
         """Float32 [F] on the CPU: the statistics of the latest pass, layer by layer; log(1 + v) of variances.
@@ -103,7 +110,8 @@ class ActivationProbe:
         missing = [name for name in self.layers if name not in self._seen]
         if missing:
             raise DataError(f"layer {missing[0]!r} has not run since the probe was attached")
-        table = np.array(list(self.statistics.values()))
+        statistics = self.statistics
+        table = np.array([statistics[name] for name in self.layers])
         for name, row in zip(self.layers, table, strict=True):
             if not np.isfinite(row).all():
                 raise DataError(
@@ -154,9 +162,6 @@ class ActivationProbe:
     ) -> None:
         self.close()
 
-    def _statistics(self, sampled: Tensor) -> LayerStatistics:
-        return _statistics(sampled, thin=self._values is not None)
-
     def _look(self, name: str, output: Any) -> None:
         if not isinstance(output, Tensor) or output.dim() < 2 or not output.is_floating_point():
             what = (
@@ -167,7 +172,7 @@ class ActivationProbe:
             raise ShapeError(
                 f"layer {name!r} answers with {what}; a probe needs floating-point [batch, channels, ...]"
             )
-        self._seen[name] = _sampled(output, self._values)
+        self._seen[name] = _looked_at(output.detach(), self._values)
         if self._stop_when_seen and len(self._seen) == len(self.layers):
             raise _SeenAllError
 
@@ -205,22 +210,53 @@ def layer_statistics(activations: Tensor, *, values: int | None = None) -> Layer
 
     Args:
         activations: [B, C, *space], any floating dtype.
-        values: look at about so many; None looks at all.
+        values: look at about so many at most; None looks at all.
     """
-    return _statistics(_sampled(activations, values), thin=values is not None)
+    seen = _looked_at(activations.detach(), values)
+    return _statistics(seen, thin=values is not None) if isinstance(seen, Tensor) else seen
+
+
+def _looked_at(x: Tensor, values: int | None) -> LayerStatistics | Tensor:
+    """The statistics of [B, C, *space], or the sample float32 [C, n] from which ``_statistics`` gets them."""
+    places = _places(tuple(x.shape), x.stride(), values, x.device)
+    kernel = _kernel() if x.is_cpu and x.dtype is torch.float32 and len(places) else None
+    if kernel is None:
+        return _sampled(x, places)
+    thin = _thin(x.shape[1], len(places)) if values is not None else 1
+    channels, stride = x.shape[1], x.stride(1)
+    where = x.data_ptr(), channels, stride, places.data_ptr(), len(places)
+    return LayerStatistics(*kernel.activation_statistics(*where, thin, torch.get_num_threads()))
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> ModuleType | None:
+    try:
+        return native.cpu()
+    except KernelUnavailable:
+        return None
+
+
+def _sampled(x: Tensor, places: Tensor) -> Tensor:
+    """Float32 [C, n], a copy: every channel of [B, C, *space] at ``places``."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    channels = torch.arange(x.shape[1], device=x.device)[:, None] * x.stride(1)
+    return x.as_strided((extent,), (1,))[channels + places].float()
+
+
+def _thin(channels: int, positions: int) -> int:
+    """Of which positions that are looked at the entropy is."""
+    return _coprime(max(1, channels * positions // ENTROPY_VALUES), positions)
 
 
 @torch.no_grad()
 def _statistics(rows: Tensor, *, thin: bool) -> LayerStatistics:
-    """Of values [C, n]; with ``thin`` the entropy is of about ``ENTROPY_VALUES`` of them.
+    """Of values [C, n]; with ``thin`` the histogram is of about ``ENTROPY_VALUES`` of them.
 
-    What is small is done in NumPy: an operator of torch takes longer to call.
+    What csrc/cpu/activation_statistics.isa.cpp does, for other devices and dtypes.
     """
     channels, positions = rows.shape
-    every = _coprime(max(1, rows.numel() // ENTROPY_VALUES), positions) if thin else 1
-    some = rows[:, ::every].cpu().numpy()
-    signs = rows.sign().flatten()
-    nonzero = float(signs.dot(signs))  # count_nonzero takes six times as long on a CPU: it branches
+    some = rows[:, :: _thin(channels, positions) if thin else 1].cpu().numpy()
+    sparsity = 1 - float(torch.count_nonzero(rows)) / rows.numel()
     row_means = rows.mean(dim=1, keepdim=True)
     centred = rows - row_means
     half = positions // 2
@@ -237,21 +273,18 @@ def _statistics(rows: Tensor, *, thin: bool) -> LayerStatistics:
         products = first * second
         square = scale @ products @ scale - products.diagonal() @ scale**2
         square /= half * (positions - half) * channels * (channels - 1)
-    sparsity = 1 - nonzero / rows.numel()
-    return LayerStatistics(
-        mean, variance, _entropy(some, mean, math.sqrt(variance)), sparsity, math.sqrt(max(square, 0.0))
-    )
+    entropy = _entropy(some, mean, math.sqrt(variance), sparsity)
+    return LayerStatistics(mean, variance, entropy, sparsity, math.sqrt(max(square, 0.0)))
 
 
-def _entropy(values: np.ndarray, mean: float, deviation: float) -> float:
-    """In nats; see ``layer_statistics``."""
+def _entropy(values: np.ndarray, mean: float, deviation: float, sparsity: float) -> float:
+    """In nats; see ``layer_statistics``.  ``sparsity``, of more values, says how many are 0."""
     scale = BINS / (2 * REACH) / max(deviation, 1e-12)
-    bins = values * np.float32(scale)
-    bins += np.float32(BINS / 2 - mean * scale)
-    np.minimum(np.maximum(bins, 0, out=bins), BINS - 1, out=bins)
-    bins[values == 0] = BINS
-    counts = np.bincount(bins.astype(np.intp).ravel())
-    share = counts[counts > 0] / values.size
+    bins = values[values != 0] * np.float32(scale) + np.float32(BINS / 2 - mean * scale)
+    counts = np.bincount(np.clip(bins, 0, BINS - 1).astype(np.intp))
+    share = (1 - sparsity) * counts[counts > 0] / max(counts.sum(), 1)
+    share = np.append(share, sparsity)
+    share = share[share > 0]
     return float(-(share @ np.log(share)) + (len(share) - 1) / (2 * values.size))
 
 
@@ -262,7 +295,7 @@ def _step(about: int, space: tuple[int, ...]) -> int:
     """
     positions = math.prod(space)
     first = _coprime(max(1, about), positions)
-    candidates = [s for s in range(first, first + max(1, about // 3)) if math.gcd(s, positions) == 1]
+    candidates = [s for s in range(first, first + about) if math.gcd(s, positions) == 1]
 
     def least_square_distance(step: int) -> int:
         walk = (np.arange(1, 1 + min(16, positions)) * step) % positions
@@ -280,27 +313,16 @@ def _coprime(least: int, number: int) -> int:
     return least
 
 
-def _sampled(activations: Tensor, values: int | None) -> Tensor:
-    """Float32 [C, n], a copy: every channel at every n-th position, one sample after another."""
-    x = activations.detach()
-    if values is None or x.numel() < 2 * values:
-        swapped = x.transpose(0, 1)
-        return swapped.to(torch.float32, copy=True, memory_format=torch.contiguous_format).flatten(1)
-    places = _places(tuple(x.shape), x.stride(), values, x.device)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.as_strided((extent,), (1,)).index_select(0, places).view(x.shape[1], -1).float()
-
-
 @lru_cache(maxsize=64)
-def _places(shape: tuple[int, ...], strides: tuple[int, ...], values: int, device: torch.device) -> Tensor:
-    """Int [C n]: where in memory the values are."""
-    batch, channels, *space = shape
+def _places(
+    shape: tuple[int, ...], strides: tuple[int, ...], values: int | None, device: torch.device
+) -> Tensor:
+    """Int64 [n]: where in memory the positions are that are looked at, one sample after another."""
+    batch, _, *space = shape
     positions = math.prod(space)
-    step = _step(math.prod(shape) // values, tuple(space))
+    step = 1 if values is None else _step(math.ceil(math.prod(shape) / values), tuple(space))
     walk = torch.arange(0, batch * positions, step)
     place, rest = (walk // positions) * strides[0], walk % positions
     for size, stride in zip(reversed(space), reversed(strides[2:]), strict=True):
         place, rest = place + (rest % size) * stride, rest // size
-    places = (torch.arange(channels)[:, None] * strides[1] + place).flatten()
-    small = int(places.max()) < 2**31
-    return places.to(device, torch.int32 if small else torch.int64)
+    return place.to(device)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from rlnas_fast.errors import ConfigError, DataError, ShapeError
 from rlnas_fast.networks import StageCNN
+from rlnas_fast.ops import native
+from rlnas_fast.placement import probe as probe_module
 from rlnas_fast.placement.inserter import NonLocalInserter
 from rlnas_fast.placement.probe import BINS, REACH, ActivationProbe, layer_statistics
 
@@ -60,6 +62,54 @@ def test_a_sample_is_within_two_percent_of_all(memory_format: torch.memory_forma
     assert layer_statistics(x, values=2**17) == sampled
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("width", [8, 16])
+def test_so_is_a_sample_of_what_flows_through_a_network(width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    network, stages = StageCNN(3, 10, width), ["stage1", "stage2", "stage3"]
+    with ActivationProbe(network, stages) as some, ActivationProbe(network, stages, values=None) as all_:
+        network(images(128))
+        for name in stages:
+            assert some.statistics[name] == pytest.approx(all_.statistics[name], rel=0.02), name
+
+
+SHAPES = ((16, 6, 12, 10), (3, 1, 5, 5), (64, 70, 4, 4), (9, 33), (2, 300, 7), (4, 5, 3, 3, 3), (2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("isa", native.cpu().usable_isas())
+def test_the_kernel_agrees_with_torch(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def statistics(x: Tensor, values: int | None) -> probe_module.LayerStatistics:
+        with monkeypatch.context() as without:
+            without.setattr(probe_module, "_kernel", lambda: None)
+            return layer_statistics(x, values=values)
+
+    native.cpu().set_isa(isa)
+    try:
+        for shape in SHAPES:
+            x = (torch.randn(shape) + 0.3 * torch.randn(shape[0], 1, *shape[2:])).relu()
+            for given in (x, x.transpose(1, -1).contiguous().transpose(1, -1), x - 100):
+                for values in (None, 1, 500):
+                    ours, theirs = layer_statistics(given, values=values), statistics(given, values)
+                    assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-5), (shape, values)
+                    assert layer_statistics(given.double(), values=values) == pytest.approx(
+                        ours, rel=1e-3, abs=2e-5
+                    )
+    finally:
+        native.cpu().set_isa("auto")
+
+
+def test_threads_change_nothing() -> None:
+    x, threads = activations(), torch.get_num_threads()
+    try:
+        found = set()
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found |= {(layer_statistics(x), layer_statistics(x, values=5000))}
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
+
+
 def test_strides_do_not_matter_but_shapes_may_be_any() -> None:
     x = torch.randn(16, 6, 12, 10)
     assert layer_statistics(x.contiguous(memory_format=torch.channels_last), values=2000) == pytest.approx(
@@ -101,6 +151,19 @@ def test_a_probe_watches_passes_and_observes_without_a_trace() -> None:
     assert not torch.equal(probe.state(), state)
     probe.close()
     assert not network.stage1._forward_hooks
+
+
+def test_what_is_not_worked_out_at_once_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = StageCNN(3, 10), images(8, 16)
+    with ActivationProbe(network, ["stage3", "stage1"]) as probe:
+        state = probe.observe(x)
+        monkeypatch.setattr(probe_module, "_kernel", lambda: None)
+        assert torch.allclose(probe.observe(x), state, rtol=1e-4)
+        with pytest.raises(DataError, match="'stage3' has NaN"):
+            probe.observe(torch.full((2, 3, 8, 8), float("nan")))
+    half = network.bfloat16()
+    with ActivationProbe(half, ["stage3", "stage1"]) as probe:
+        assert torch.allclose(probe.observe(x.bfloat16()), state, rtol=0.1, atol=0.05)
 
 
 def test_it_watches_before_a_block() -> None:
