@@ -75,7 +75,8 @@ bool pairs_serve(const BlockShape& shape, const View& x) {
 void forward_in_pairs(const Block& k, const View& x, const View& z, const BlockSaved& saved) {
   const BlockShape& shape = k.shape;
   const int64_t C = k.C, E = k.E, L = k.L, N = k.N;
-  const WeightPairs project(k.projection, C, L, true), output(k.out, E, C, true);
+  const WeightPairs project(k.projection, C, L, true, shape.threads),
+      output(k.out, E, C, true, shape.threads);
   const float* out_bias = k.has_bias ? k.out_bias.data() : nullptr;
   std::vector<float> slopes;
   over_whole_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b) {
@@ -100,7 +101,8 @@ void backward_in_pairs(const Block& k, const View& x, const View& grad_z, const 
                        const View& grad_x, const BlockGradients& gradients) {
   const BlockShape& shape = k.shape;
   const int64_t C = k.C, E = k.E, L = k.L, N = k.N, pairs = blocks_of(N, 2);
-  const WeightPairs project_back(k.projection, L, C, false), output_back(k.out, C, E, false);
+  const WeightPairs project_back(k.projection, L, C, false, shape.threads),
+      output_back(k.out, C, E, false, shape.threads);
   std::vector<float> slopes;
   WeightSums sums(k, shape.threads);
   over_whole_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b) {
@@ -166,9 +168,10 @@ void concatenation_forward(const BlockShape& shape, const BlockWeights& weights,
   if (pairs_serve(shape, x)) return forward_in_pairs(k, x, z, saved);
 #endif
   const int64_t C = k.C, E = k.E, L = k.L, N = k.N;
-  std::vector<float> projection_panels, out_panels, shared_rows, shared_means, slopes;
-  const Right project = packed(k.projection.data(), C, L, true, projection_panels);
-  const Right output = packed(k.out.data(), E, C, true, out_panels);
+  Buffer projection_panels, out_panels;
+  std::vector<float> shared_rows, shared_means, slopes;
+  const Right project = packed(k.projection.data(), C, L, true, projection_panels, shape.threads);
+  const Right output = packed(k.out.data(), E, C, true, out_panels, shape.threads);
   over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
     const Image image(x, b, C, shape.space), result(z, b, C, shape.space);
     if (team) {
@@ -215,9 +218,10 @@ void concatenation_backward(const BlockShape& shape, const BlockWeights& weights
   if (pairs_serve(shape, x)) return backward_in_pairs(k, x, grad_z, saved, grad_x, gradients);
 #endif
   const int64_t C = k.C, E = k.E, L = k.L, N = k.N;
-  std::vector<float> projection_panels, out_panels, shared_grads, shared_means, slopes;
-  const Right project_back = packed(k.projection.data(), L, C, false, projection_panels);
-  const Right output_back = packed(k.out.data(), C, E, false, out_panels);
+  Buffer projection_panels, out_panels;
+  std::vector<float> shared_grads, shared_means, slopes;
+  const Right project_back = packed(k.projection.data(), L, C, false, projection_panels, shape.threads);
+  const Right output_back = packed(k.out.data(), C, E, false, out_panels, shape.threads);
   WeightSums sums(k, shape.threads);
   over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
     const Image image(x, b, C, shape.space), upstream(grad_z, b, C, shape.space),

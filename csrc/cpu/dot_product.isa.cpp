@@ -33,9 +33,9 @@ void dot_product_forward(const BlockShape& shape, const BlockWeights& weights, c
   if (bf16_dot_product_serves(shape, x)) return bf16_dot_product_forward(shape, weights, x, z, saved);
   const Block k(shape, weights);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, width = D + E;
-  std::vector<float> projection_panels, out_panels;
-  const Right project = packed(k.projection.data(), C, L, true, projection_panels);
-  const Right output = packed(k.out.data(), E, C, true, out_panels);
+  Buffer projection_panels, out_panels;
+  const Right project = packed(k.projection.data(), C, L, true, projection_panels, shape.threads);
+  const Right output = packed(k.out.data(), E, C, true, out_panels, shape.threads);
   const std::vector<float> scale(std::max(D, E), 1.0f / static_cast<float>(k.M));
   SharedBuffers shared;
   over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
@@ -47,7 +47,7 @@ void dot_product_forward(const BlockShape& shape, const BlockWeights& weights, c
         shared.keys.resize(k.pools() ? k.M * width : 0);
         shared.winners.resize(k.pools() && !saved.winners ? k.M * width : 0);
         shared.small.resize(saved.attention ? 0 : E * D);
-        shared.mixed.resize(D * C);
+        shared.mixed.resize(saved.terms ? 0 : D * C);
       }
     }
     float* rows = saved.projections ? saved.projections + b * k.N * L
@@ -60,7 +60,9 @@ void dot_product_forward(const BlockShape& shape, const BlockWeights& weights, c
     float* small = saved.attention ? saved.attention + b * E * D
                    : team          ? shared.small.data()
                                    : scratch<kOut>(E * D);
-    float* mixed = team ? shared.mixed.data() : scratch<kLogits>(D * C);
+    float* mixed = saved.terms ? saved.terms + b * D * C
+                   : team      ? shared.mixed.data()
+                               : scratch<kLogits>(D * C);
     share(team, blocks_of(k.N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, k.N);
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * C));
@@ -97,9 +99,8 @@ void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, 
     return bf16_dot_product_backward(shape, weights, x, grad_z, saved, grad_x, gradients);
   const Block k(shape, weights);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
-  std::vector<float> projection_panels, out_panels;
-  const Right project_back = packed(k.projection.data(), L, C, false, projection_panels);
-  const Right output = packed(k.out.data(), E, C, true, out_panels);
+  Buffer projection_panels;
+  const Right project_back = packed(k.projection.data(), L, C, false, projection_panels, shape.threads);
   const std::vector<float> scale(kRowBlock, 1.0f / static_cast<float>(M));
   WeightSums sums(k, shape.threads);
   SharedBuffers shared;
@@ -109,7 +110,7 @@ void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, 
     const int thread = omp_get_thread_num();
     float *rows = saved.projections + b * N * L, *small = saved.attention + b * E * D;
     const uint8_t* winners = k.pools() ? saved.winners + b * M * width : nullptr;
-    const int64_t floats = N * C + 4 * D * C + 3 * E * D;
+    const int64_t floats = N * C + 3 * D * C + 3 * E * D;
     if (team) {
 #pragma omp single
       {
@@ -121,7 +122,7 @@ void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, 
     float* grads = team ? shared.rows.data() : scratch<kFree>(N * L);
     float* pooled = !k.pools() ? nullptr : team ? shared.keys.data() : scratch<kFree + 1>(2 * M * width);
     float* grad_rows = team ? shared.small.data() : scratch<kFree + 2>(floats);
-    float *mixed = grad_rows + N * C, *mixed_turned = mixed + D * C, *grad_mixed = mixed_turned + D * C;
+    float *mixed_turned = grad_rows + N * C, *grad_mixed = mixed_turned + D * C;
     float *grad_mixed_turned = grad_mixed + D * C, *grad_small = grad_mixed_turned + D * C;
     float *grad_small_turned = grad_small + E * D, *small_turned = grad_small_turned + E * D;
     if (k.pools())
@@ -135,11 +136,10 @@ void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, 
     });
     const Rows grad = upstream.in_place() ? upstream.in_place_rows(0) : Rows{grad_rows, C};
     const KeyValue keys = k.keys_of(rows, pooled);
-    // W_z P and its gradient, and the gradients of P and of W_z.
-    shared_gemm<Order::depth_major>(team, D, C, E, {small, D}, output, {mixed, C});
+    // The gradients of W_z P, of P and of W_z.
     shared_gemm<Order::depth_major>(team, D, C, N, {rows, L}, {grad.data, grad.ld}, {grad_mixed, C});
     share(team, 3, [&](int64_t which) {
-      if (which == 0) transpose(mixed, C, D, C, mixed_turned, D);
+      if (which == 0) transpose(saved.terms + b * D * C, C, D, C, mixed_turned, D);
       if (which == 1) transpose(grad_mixed, C, D, C, grad_mixed_turned, D);
       if (which == 2) transpose(small, D, E, D, small_turned, E);
     });

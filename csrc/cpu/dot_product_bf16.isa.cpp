@@ -5,15 +5,6 @@
 namespace rlnas::RLNAS_ISA {
 
 #ifdef __AVX512BF16__
-namespace {
-
-// mixed [D][C] from P^T.
-void mix(const Block& k, HalfRows small, RightPairs output, HalfRows mixed) {
-  pair_gemm<Order::row_major>(k.D, k.C, k.E / 2, left_of(small), output, {nullptr, mixed.data, mixed.ld});
-}
-
-}  // namespace
-
 bool bf16_dot_product_serves(const BlockShape& shape, const View& x) {
   return x.dtype == DType::bfloat16 && shape.batch > 1 && shape.channels % 2 == 0 && shape.inner % 2 == 0 &&
          shape.value % 2 == 0;
@@ -23,7 +14,8 @@ void bf16_dot_product_forward(const BlockShape& shape, const BlockWeights& given
                               const View& z, const BlockSaved& saved) {
   const Block k(shape, given);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M;
-  const WeightPairs project(k.projection, C, L, true), output(k.out, E, C, true);
+  const WeightPairs project(k.projection, C, L, true, shape.threads),
+      output(k.out, E, C, true, shape.threads);
   const float* out_bias = k.has_bias ? k.out_bias.data() : nullptr;
   const std::vector<float> scale(D, 1.0f / static_cast<float>(M));
   over_whole_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b) {
@@ -34,7 +26,8 @@ void bf16_dot_product_forward(const BlockShape& shape, const BlockWeights& given
                                             : HalfRows{reinterpret_cast<Half*>(scratch<kFree>(N * L)), L};
     const HalfRows small = saved.attention ? saved_rows(saved.attention, b, D, E)
                                            : HalfRows{reinterpret_cast<Half*>(scratch<kOut>(D * E)), E};
-    const HalfRows mixed{reinterpret_cast<Half*>(scratch<kLogits>(D * C)), C};
+    const HalfRows mixed = saved.terms ? saved_rows(saved.terms, b, D, C)
+                                       : HalfRows{reinterpret_cast<Half*>(scratch<kLogits>(D * C)), C};
     const HalfRows keys = project_pairs(k, from, project.right(), saved.winners, b, rows);
     Pair* lefts = reinterpret_cast<Pair*>(scratch<kGradLogits>(blocks_of(M, 2) * D));
     interleave(keys, M, D, lefts, D);
@@ -42,7 +35,7 @@ void bf16_dot_product_forward(const BlockShape& shape, const BlockWeights& given
         D, E, blocks_of(M, 2), {lefts, D},
         pair_panels({keys.data + D, keys.ld}, M, E, scratch<kFree + 1>(panels_size(M, E))),
         {nullptr, small.data, E, false, nullptr, 0, nullptr, scale.data()});
-    mix(k, small, output.right(), mixed);
+    pair_gemm<Order::row_major>(D, C, E / 2, left_of(small), output.right(), {nullptr, mixed.data, C});
     pair_gemm<Order::row_major>(
         N, C, D / 2, left_of(rows), pair_panels(mixed, D, C, scratch<kQueries>(panels_size(D, C))),
         {nullptr, to.data, to.ld, false, shape.residual ? from.data : nullptr, from.ld, out_bias});
@@ -55,8 +48,8 @@ void bf16_dot_product_backward(const BlockShape& shape, const BlockWeights& give
                                const BlockGradients& gradients) {
   const Block k(shape, given);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
-  const WeightPairs project_back(k.projection, L, C, false), output(k.out, E, C, true),
-      output_back(k.out, C, E, false);
+  const WeightPairs project_back(k.projection, L, C, false, shape.threads),
+      output_back(k.out, C, E, false, shape.threads);
   const std::vector<float> scale(D, 1.0f / static_cast<float>(M));
   WeightSums sums(k, shape.threads);
   over_whole_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b) {
@@ -72,12 +65,12 @@ void bf16_dot_product_backward(const BlockShape& shape, const BlockWeights& give
     const uint8_t* winners = saved.winners ? saved.winners + b * M * width : nullptr;
     const HalfRows keys = k.pools() ? pooled_pairs(k, rows, winners, scratch<kFree + 5>(M * width))
                                     : HalfRows{rows.data + D, L};
-    Half* spare = reinterpret_cast<Half*>(scratch<kLogits>(2 * D * C + D * E));
-    const HalfRows mixed{spare, C}, grad_mixed{spare + D * C, C}, grad_small{spare + 2 * D * C, E};
+    Half* spare = reinterpret_cast<Half*>(scratch<kLogits>(D * C + D * E));
+    const HalfRows mixed = saved_rows(saved.terms, b, D, C), grad_mixed{spare, C},
+                   grad_small{spare + D * C, E};
     const int64_t pairs = blocks_of(N, 2), widest = std::max({C, E, L, D});
     Pair* lefts = reinterpret_cast<Pair*>(scratch<kFree + 6>(std::max(pairs, blocks_of(D, 2)) * widest));
     float* rights = scratch<kFree + 2>(panels_size(std::max({N, D, E, C}), widest));
-    mix(k, small, output.right(), mixed);
     interleave(rows, N, D, lefts, D);
     pair_gemm<Order::depth_major>(D, C, pairs, {lefts, D}, pair_panels(grad, N, C, rights),
                                   {nullptr, grad_mixed.data, C});

@@ -37,9 +37,9 @@ struct BlockWeights {
 
 // What the backward needs, float32: projections [B][N][2D+E], or x and g [B][N][C+E] where x is compared;
 // attention [B][N][E] and log-sum-exp [B][N] for softmax, sum_j g_j phi_j^T / M [B][E][D] in place of
-// attention for dot product; for pooled keys the winning place within each window [B][M][D+E]; and for the
-// softmax of small float32 images the terms exp(logit - maximum) [B][M][64 queries], beside which lse holds
-// the inverse of their sums.
+// attention for dot product; for pooled keys the winning place within each window [B][M][D+E]; and, for
+// softmax of up to kKept positions, the terms exp(logit - maximum) [B][M][kept_lanes(N)], beside which lse
+// holds the inverse of their sums, or, for dot product, W_z times that sum [B][D][C].
 struct BlockSaved {
   float *projections, *attention, *lse;
   uint8_t* winners;

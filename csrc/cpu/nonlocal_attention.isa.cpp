@@ -45,21 +45,21 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
                    const BlockSaved& saved) {
   if (bf16_block_serves(shape, x)) return bf16_block_forward(shape, weights, x, z, saved);
   const Block k(shape, weights);
-  std::vector<float> projection_panels, out_panels;
-  const Right project = packed(k.projection.data(), k.C, k.W, true, projection_panels);
-  const Right output = packed(k.out.data(), k.E, k.C, true, out_panels);
-  const bool small = k.N <= kSmall && (saved.terms || !saved.lse);
-  const int64_t size = small ? kSmall : kForwardTile;
+  Buffer projection_panels, out_panels;
+  const Right project = packed(k.projection.data(), k.C, k.W, true, projection_panels, shape.threads);
+  const Right output = packed(k.out.data(), k.E, k.C, true, out_panels, shape.threads);
+  const bool kept = saved.terms || (k.N <= kKept && !saved.lse);
+  const int64_t size = kept ? kept_tile(k.N) : kForwardTile, ld = kept_lanes(k.N);
   std::vector<float> shared_rows, shared_keys;
   std::vector<uint8_t> shared_winners;
   over_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b, bool team) {
     const Image image(x, b, k.C, shape.space), result(z, b, k.C, shape.space);
     const int64_t width = k.D + k.E;
-    Ahead next, *ahead = small && !team && b + 1 < shape.batch ? &next : nullptr;
+    Ahead next, *ahead = kept && !team && b + 1 < shape.batch ? &next : nullptr;
     if (ahead) {
       Image(x, b + 1, k.C, shape.space).ahead(k.N, next);
       if (saved.projections) next.add(saved.projections + (b + 1) * k.N * k.L, k.N * k.L);
-      if (saved.terms) next.add(saved.terms + (b + 1) * k.M * kSmall, k.M * kSmall);
+      if (saved.terms) next.add(saved.terms + (b + 1) * k.M * ld, k.M * ld);
       if (saved.attention) next.add(saved.attention + (b + 1) * k.N * k.E, k.N * k.E);
       Image(z, b + 1, k.C, shape.space).ahead(k.N, next);
     }
@@ -95,11 +95,11 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
                                              : Rows{scratch<kOut>(size * k.E), k.E};
       const Rows query{rows + r.first * k.L, k.L};
       float* lse = saved.lse ? saved.lse + b * k.N + r.first : nullptr;
-      if (small) {
-        float inverse[kSmall];
-        attend_small(query, k.N, k.D, k.E, keys, attention,
-                     saved.terms ? saved.terms + b * k.M * kSmall : scratch<kLogits>(k.M * kSmall),
-                     lse ? lse : inverse, ahead);
+      if (kept) {
+        float inverse[kKeptTile];
+        const Rows terms = saved.terms ? Rows{saved.terms + b * k.M * ld + r.first, ld}
+                                       : Rows{scratch<kLogits>(k.M * size), size};
+        attend_kept(query, r.count(), k.D, k.E, keys, attention, terms, lse ? lse : inverse, ahead);
       } else {
         attend(query, r.count(), k.D, k.E, keys, attention, lse);
       }
@@ -123,9 +123,10 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
     return bf16_block_backward(shape, weights, x, grad_z, saved, grad_x, gradients);
   const Block k(shape, weights);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
-  std::vector<float> projection_panels, out_panels;
-  const Right project_back = packed(k.projection.data(), k.W, C, false, projection_panels);
-  const Right output_back = packed(k.out.data(), C, E, false, out_panels);
+  const int64_t size = saved.terms ? kept_tile(N) : kBackwardTile, ld = kept_lanes(N);
+  Buffer projection_panels, out_panels;
+  const Right project_back = packed(k.projection.data(), k.W, C, false, projection_panels, shape.threads);
+  const Right output_back = packed(k.out.data(), C, E, false, out_panels, shape.threads);
   WeightSums sums(k, shape.threads);
   TeamBuffers shared(shape.threads);
   const auto image_backward = [&](int64_t b, bool team) {
@@ -136,7 +137,7 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
     if (ahead) {
       Image(grad_z, b + 1, C, shape.space).ahead(N, next);
       next.add(saved.projections + (b + 1) * N * L, N * L);
-      next.add(saved.terms + (b + 1) * M * kSmall, M * kSmall);
+      next.add(saved.terms + (b + 1) * M * ld, M * ld);
       next.add(saved.attention + (b + 1) * N * E, N * E);
       Image(x, b + 1, C, shape.space).ahead(N, next);
       Image(grad_x, b + 1, C, shape.space).ahead(N, next);
@@ -160,17 +161,18 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
     const KeyValue keys = k.keys_of(rows, pooled);
     const KeyValue grad_keys = apart ? KeyValue{{key_sums, width}, {key_sums + D, width}, M}
                                      : KeyValue{{grads + D, L}, {grads + 2 * D, L}, N};
-    share(team, blocks_of(N, kBackwardTile), [&](int64_t tile) {
-      const Range r(tile, kBackwardTile, N);
+    share(team, blocks_of(N, size), [&](int64_t tile) {
+      const Range r(tile, size, N);
       const Rows grad = grad_out_image.load(r.first, r.last, scratch<kGradZ>(kRowBlock * C));
-      const Rows grad_attention{scratch<kOut>(kBackwardTile * E), E};
+      const Rows grad_attention{scratch<kOut>(size * E), E};
       const float* lse = saved.lse + b * N + r.first;
       const Rows query{rows + r.first * L, L}, grad_query{grads + r.first * L, L};
       gemm<Order::row_major>(r.count(), E, C, {grad.data, grad.ld}, output_back,
                              {grad_attention.data, E, nullptr, 0, saved.terms ? lse : nullptr}, ahead);
       if (saved.terms)
-        attend_small_backward(query, grad_attention, N, D, E, keys, saved.terms + b * M * kSmall, grad_query,
-                              grad_keys, !apart, ahead);
+        attend_kept_backward(query, grad_attention, r.count(), D, E, keys,
+                             {saved.terms + b * M * ld + r.first, ld}, grad_query, grad_keys,
+                             !apart && tile == 0, ahead);
       else
         attend_backward(query, {saved.attention + (b * N + r.first) * E, E}, grad_attention, lse, r.count(),
                         D, E, keys, grad_query, grad_keys, !apart && tile == 0);

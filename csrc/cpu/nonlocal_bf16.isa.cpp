@@ -10,6 +10,8 @@ namespace {
 
 constexpr int64_t kMostPositions = 4096;  // of an image; a tile of queries holds the logits of all its keys
 
+constexpr int64_t kMostSquare = 1024;  // positions whose N x N gradients of logits a thread holds, 2 MB
+
 constexpr float kLog2E = 1.44269504f;
 
 // 2^t, to 4e-6 of it: far below the rounding of what becomes bfloat16, in half the steps of `exponential`.
@@ -23,8 +25,10 @@ RLNAS_INLINE Vec power_of_two(Vec t) {
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)t);  // p 2^floor(t)
 }
 
+// Writes the log-sum-exp, or, if there is room for them, the terms exp(logit - maximum) [keys][ld] and the
+// inverse of their sums.
 void attend_pairs(HalfRows query, int64_t count, int64_t D, int64_t E, HalfRows key, int64_t keys,
-                  RightPairs values, HalfRows out, float* lse) {
+                  RightPairs values, HalfRows out, HalfRows terms, float* lse) {
   constexpr int64_t T = kForwardTile;
   const int64_t lanes = blocks_of(count, kWidth) * kWidth, pairs = blocks_of(keys, 2);
   const RightPairs queries = pair_lanes(query, count, D, scratch<kQueries>(T * D));
@@ -33,70 +37,104 @@ void attend_pairs(HalfRows query, int64_t count, int64_t D, int64_t E, HalfRows 
   pair_gemm<Order::row_major>(keys, lanes, D / 2, left(key.data, key.ld), queries, {logits, nullptr, T});
   float inverse[T];
   for (int64_t n = 0; n < lanes; n += kWidth) {
-    Vec highest = load(logits + n), total = {};
-    for (int64_t j = 1; j < keys; j++) highest = maximum(highest, load(logits + j * T + n));
-    const Vec shift = highest * kLog2E;
+    const Vec highest = highest_of(logits + n, T, keys), shift = highest * kLog2E;
+    Vec total = {};
     for (int64_t j = 0; j < keys; j += 2) {
       const Vec even = power_of_two(load(logits + j * T + n) * kLog2E - shift);
       const Vec odd = j + 1 < keys ? power_of_two(load(logits + (j + 1) * T + n) * kLog2E - shift) : Vec{};
-      _mm512_storeu_si512(weights + j / 2 * T + n, paired(narrowed(even), narrowed(odd)));
+      const __m256i first = narrowed(even), second = narrowed(odd);
+      _mm512_storeu_si512(weights + j / 2 * T + n, paired(first, second));
+      if (terms.data) {
+        store_half(terms.at(j) + n, first);
+        if (j + 1 < keys) store_half(terms.at(j + 1) + n, second);
+      }
       total += even + odd;
     }
-    for (int i = 0; i < kWidth; i++) {
-      inverse[n + i] = 1.0f / total[i];
-      if (lse && n + i < count) lse[n + i] = highest[i] + std::log(total[i]);
-    }
+    store(inverse + n, 1.0f / total);
+    for (int64_t i = n; lse && i < std::min(count, n + kWidth); i++)
+      lse[i] = terms.data ? inverse[i] : highest[i - n] + std::log(total[i - n]);
   }
   pair_gemm<Order::depth_major>(count, E, pairs, {reinterpret_cast<const Pair*>(weights), T}, values,
                                 {nullptr, out.data, out.ld, false, nullptr, 0, nullptr, inverse});
 }
 
-void attend_backward_pairs(HalfRows query, HalfRows grad_out, const float* lse, int64_t count, int64_t D,
-                           int64_t E, HalfRows key, HalfRows value, int64_t keys, RightPairs key_pairs,
-                           HalfRows grad_query, float* grad_key, float* grad_value) {
+// Adds to the gradients of keys and values.  With kept terms, grad_out is the gradient of the mean times the
+// inverse sums, so that the terms stand for the softmax; otherwise that is recomputed from the log-sum-exp.
+// With `square`, the gradients of the logits go there, and nothing to queries and keys.
+void attend_backward_pairs(HalfRows query, HalfRows grad_out, HalfRows terms, const float* lse, int64_t count,
+                           int64_t D, int64_t E, HalfRows key, HalfRows value, int64_t keys,
+                           RightPairs key_pairs, HalfRows grad_query, float* grad_key, float* grad_value,
+                           HalfRows square) {
   constexpr int64_t T = kBackwardTile;
   const int64_t lanes = blocks_of(count, kWidth) * kWidth, pairs = blocks_of(keys, 2);
-  const RightPairs queries = pair_lanes(query, count, D, scratch<kQueries>(T * D));
   const RightPairs grads = pair_lanes(grad_out, count, E, scratch<kGradQueries>(T * E));
   float *logits = scratch<kLogits>(2 * T * keys), *grad_logits = logits + T * keys;
   uint32_t* mixed = reinterpret_cast<uint32_t*>(scratch<kGradLogits>(T * (pairs + keys)));
-  Half *weights = reinterpret_cast<Half*>(mixed + T * pairs), *slopes = weights + T * keys;
-  pair_gemm<Order::row_major>(keys, lanes, D / 2, left(key.data, key.ld), queries, {logits, nullptr, T});
-  pair_gemm<Order::row_major>(keys, lanes, E / 2, left(value.data, value.ld), grads,
-                              {grad_logits, nullptr, T});
+  Half* own_weights = reinterpret_cast<Half*>(mixed + T * pairs);
+  const HalfRows slopes = square.data ? square : HalfRows{own_weights + T * keys, T};
+  const bool kept = terms.data;
+  const HalfRows weights = kept ? terms : HalfRows{own_weights, T};
+  if (!kept) {
+    const RightPairs queries = pair_lanes(query, count, D, scratch<kQueries>(T * D));
+    pair_gemm<Order::row_major>(keys, lanes, D / 2, left_of(key), queries, {logits, nullptr, T});
+  }
+  pair_gemm<Order::row_major>(keys, lanes, E / 2, left_of(value), grads, {grad_logits, nullptr, T});
   float shift[T] = {};
   std::memcpy(shift, lse, sizeof(float) * count);
   for (int64_t n = 0; n < lanes; n += kWidth) {
     const Vec lane_shift = load(shift + n) * kLog2E;
-    Vec mass = {}, mean = {};
-    for (int64_t j = 0; j < keys; j++) {
-      const Vec p = power_of_two(load(logits + j * T + n) * kLog2E - lane_shift);
-      store(logits + j * T + n, p);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + j * T + n), narrowed(p));
-      mass += p;
-      mean += p * load(grad_logits + j * T + n);
-    }
+    for (int64_t j = 0; j < (kept ? 0 : keys); j++)
+      store_half(weights.at(j) + n, narrowed(power_of_two(load(logits + j * T + n) * kLog2E - lane_shift)));
+    const auto [mass, mean] = moments_over(keys, [&](int64_t j) {
+      return std::pair<Vec, Vec>(load_half(weights.at(j) + n), load(grad_logits + j * T + n));
+    });
     const Vec delta = mean / mass;
+    const auto slope = [&](int64_t j) {
+      const __m256i half = narrowed(load_half(weights.at(j) + n) * (load(grad_logits + j * T + n) - delta));
+      store_half(slopes.at(j) + n, half);
+      return half;
+    };
     for (int64_t j = 0; j < keys; j += 2) {
-      const __m256i even = narrowed(load(logits + j * T + n) * (load(grad_logits + j * T + n) - delta));
-      __m256i odd = _mm256_setzero_si256();
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(slopes + j * T + n), even);
-      if (j + 1 < keys) {
-        odd = narrowed(load(logits + (j + 1) * T + n) * (load(grad_logits + (j + 1) * T + n) - delta));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(slopes + (j + 1) * T + n), odd);
-      }
+      const __m256i even = slope(j), odd = j + 1 < keys ? slope(j + 1) : _mm256_setzero_si256();
       _mm512_storeu_si512(mixed + j / 2 * T + n, paired(even, odd));
     }
   }
+  const int64_t depth = blocks_of(count, 2);
+  float* buffer = scratch<kGradQueries>(panels_size(T, E));  // the lanes have been used
+  pair_gemm<Order::row_major>(keys, E, depth, left_of(weights), pair_panels(grad_out, count, E, buffer),
+                              {grad_value, nullptr, E, true});
+  if (square.data) return;
   pair_gemm<Order::depth_major>(count, D, pairs, {reinterpret_cast<const Pair*>(mixed), T}, key_pairs,
                                 {nullptr, grad_query.data, grad_query.ld});
-  const int64_t depth = blocks_of(count, 2);
-  float* buffer = scratch<kQueries>(panels_size(T, D));  // the lanes of the queries are no longer needed
-  pair_gemm<Order::row_major>(keys, D, depth, left(slopes, T), pair_panels(query, count, D, buffer),
+  buffer = scratch<kQueries>(panels_size(T, D));
+  pair_gemm<Order::row_major>(keys, D, depth, left_of(slopes), pair_panels(query, count, D, buffer),
                               {grad_key, nullptr, D, true});
-  buffer = scratch<kGradQueries>(panels_size(T, E));
-  pair_gemm<Order::row_major>(keys, E, depth, left(weights, T), pair_panels(grad_out, count, E, buffer),
-                              {grad_value, nullptr, E, true});
+}
+
+// Adds a square matrix to its transpose, in place; the rows up to the next multiple of kWidth are there too.
+void add_transpose(HalfRows square, int64_t count) {
+  for (int64_t i = 0; i < count; i += kWidth)
+    for (int64_t j = i; j < count; j += kWidth) {
+      Vec turned[kWidth];
+#pragma GCC unroll 16
+      for (int r = 0; r < kWidth; r++) turned[r] = load_half(square.at(j + r) + i);
+      transpose(turned);
+#pragma GCC unroll 16
+      for (int r = 0; r < kWidth; r++) {
+        turned[r] += load_half(square.at(i + r) + j);
+        store_half(square.at(i + r) + j, narrowed(turned[r]));
+      }
+      if (i == j) continue;
+      transpose(turned);
+#pragma GCC unroll 16
+      for (int r = 0; r < kWidth; r++) store_half(square.at(j + r) + i, narrowed(turned[r]));
+    }
+}
+
+// Terms [keys][kept_lanes(N)] of an image, or nothing.
+HalfRows kept_terms(const BlockSaved& saved, int64_t b, int64_t N, int64_t M) {
+  if (!saved.terms) return {nullptr, 0};
+  return saved_rows(saved.terms, b, M, kept_lanes(N));
 }
 
 }  // namespace
@@ -112,7 +150,8 @@ void bf16_block_forward(const BlockShape& shape, const BlockWeights& given, cons
                         const BlockSaved& saved) {
   const Block k(shape, given);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M;
-  const WeightPairs project(k.projection, C, k.W, true), output(k.out, E, C, true);
+  const WeightPairs project(k.projection, C, k.W, true, shape.threads),
+      output(k.out, E, C, true, shape.threads);
   const float* out_bias = k.has_bias ? k.out_bias.data() : nullptr;
   over_whole_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b) {
     const Image image(x, b, C, shape.space), result(z, b, C, shape.space);
@@ -126,9 +165,10 @@ void bf16_block_forward(const BlockShape& shape, const BlockWeights& given, cons
     const HalfRows keys = project_pairs(k, from, project.right(), saved.winners, b, rows);
     const RightPairs values =
         pair_panels({keys.data + D, keys.ld}, M, E, scratch<kFree + 1>(panels_size(M, E)));
+    const HalfRows terms = kept_terms(saved, b, N, M);
     for (int64_t i = 0; i < N; i += kForwardTile) {
       const int64_t count = std::min(kForwardTile, N - i);
-      attend_pairs({rows.at(i), L}, count, D, E, keys, M, values, {means.at(i), E},
+      attend_pairs(rows.below(i), count, D, E, keys, M, values, means.below(i), terms.beside(i),
                    saved.lse ? saved.lse + b * N + i : nullptr);
       pair_gemm<Order::row_major>(
           count, C, E / 2, left(means.at(i), E), output.right(),
@@ -143,7 +183,8 @@ void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, con
                          const BlockGradients& gradients) {
   const Block k(shape, given);
   const int64_t C = k.C, D = k.D, E = k.E, L = k.L, N = k.N, M = k.M, width = D + E;
-  const WeightPairs project_back(k.projection, k.W, C, false), output_back(k.out, C, E, false);
+  const WeightPairs project_back(k.projection, k.W, C, false, shape.threads),
+      output_back(k.out, C, E, false, shape.threads);
   WeightSums sums(k, shape.threads);
   over_whole_images(shape.batch, shape.threads, shape.deterministic, [&](int64_t b) {
     float *projection = sums.part(omp_get_thread_num()), *out = projection + k.W * C, *bias = out + C * E;
@@ -163,12 +204,20 @@ void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, con
     std::memset(grad_key, 0, sizeof(float) * M * width);
     const int64_t pairs = (N + 1) / 2;
     const RightPairs key_pairs = pair_panels(keys, M, D, scratch<kFree + 2>(panels_size(M, D)));
-    pair_gemm<Order::row_major>(N, E, C / 2, left_of(grad), output_back.right(),
-                                {nullptr, grad_means.data, E});
+    const HalfRows terms = kept_terms(saved, b, N, M);
+    const int64_t side = kept_lanes(N);
+    HalfRows square{nullptr, side};
+    if (k.Q && !k.pools() && N <= kMostSquare) {
+      square.data = reinterpret_cast<Half*>(scratch<kFree + 6>(side * side));
+      std::memset(square.at(N), 0, sizeof(Half) * (side - N) * side);
+    }
+    pair_gemm<Order::row_major>(
+        N, E, C / 2, left_of(grad), output_back.right(),
+        {nullptr, grad_means.data, E, false, nullptr, 0, nullptr, terms.data ? saved.lse + b * N : nullptr});
     for (int64_t i = 0; i < N; i += kBackwardTile)
-      attend_backward_pairs({rows.at(i), L}, {grad_means.at(i), E}, saved.lse + b * N + i,
-                            std::min(kBackwardTile, N - i), D, E, keys, {keys.data + D, keys.ld}, M,
-                            key_pairs, {grads.at(i), L}, grad_key, grad_value);
+      attend_backward_pairs(rows.below(i), grad_means.below(i), terms.beside(i), saved.lse + b * N + i,
+                            std::min(kBackwardTile, N - i), D, E, keys, keys.beside(D), M, key_pairs,
+                            grads.below(i), grad_key, grad_value, square.beside(i));
     if (k.pools()) {
       for (int64_t n = 0; n < N; n++) std::memset(grads.at(n) + D, 0, sizeof(Half) * (L - D));
       const int64_t first = k.Q ? D : 0;  // what is added to the gradient of the queries comes below
@@ -182,7 +231,12 @@ void bf16_block_backward(const BlockShape& shape, const BlockWeights& given, con
       narrow(grad_value, N, E, {grads.data + L - E, L});
     }
     HalfRows init{shape.residual ? grad.data : nullptr, grad.ld};
-    if (k.Q) {  // what came to x itself, summed before it is rounded
+    if (square.data) {  // x is queries and keys: (S + S^T) x is one product for both
+      add_transpose(square, N);
+      pair_gemm<Order::row_major>(N, C, pairs, left_of(square), key_pairs,
+                                  {nullptr, grads.data, L, false, init.data, init.ld});
+      init = grads;
+    } else if (k.Q) {  // what came to x itself, summed before it is rounded
       const Rows own{scratch<kFree + 6>(N * C), C};
       widen(grads, N, C, own);
       if (shape.residual) add_halves(grad, N, C, own);

@@ -8,6 +8,7 @@
 #include <omp.h>
 
 #include <atomic>
+#include <memory>
 #include <vector>
 
 #include "cpu/nonlocal_core.h"
@@ -124,37 +125,79 @@ void add_bias(Rows rows, int64_t count, int64_t columns, const float* bias) {
     for (int64_t c = 0; c < columns; c++) rows.at(n)[c] += bias[c];
 }
 
+// Floats on a 64-byte border that are written before they are read: nobody fills them with zeros first.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size)
+      : data_(static_cast<float*>(std::aligned_alloc(64, blocks_of(size, 16) * 64))), size_(size) {
+    if (!data_ && size > 0) throw std::bad_alloc();
+  }
+  float* data() const { return data_.get(); }
+  int64_t size() const { return size_; }
+  float& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data_;
+  int64_t size_ = 0;
+};
+
+// Runs task(i) for i < count, on all threads if what they move is worth it; a team of one is not free either.
+template <class F>
+void spread(int threads, int64_t count, int64_t floats, F task) {
+  if (floats <= 65536) {
+    for (int64_t i = 0; i < count; i++) task(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < count; i++) task(i);
+}
+
+constexpr int64_t kPart = 4096;  // floats of one task of `spread`
+
 // A dense matrix [rows][columns] of any dtype as float32.
-void to_float(DType dtype, const void* from, int64_t count, float* to) {
-  with_dtype(dtype, [&](auto type) {
-    using D = decltype(type);
-    const auto* typed = static_cast<const typename D::Stored*>(from);
-    for (int64_t i = 0; i < count; i++) to[i] = typed ? D::read(typed[i]) : 0.0f;
+void to_float(DType dtype, const void* from, int64_t count, float* to, int threads = 1) {
+  spread(threads, blocks_of(count, kPart), count, [&](int64_t block) {
+    const Range r(block, kPart, count);
+    with_dtype(dtype, [&](auto type) {
+      using D = decltype(type);
+      const auto* typed = static_cast<const typename D::Stored*>(from);
+      for (int64_t i = r.first; i < r.last; i++) to[i] = typed ? D::read(typed[i]) : 0.0f;
+    });
   });
 }
 
 // Panels of a right operand [depth][columns] or, transposed, of [columns][depth].
-Right packed(const float* from, int64_t depth, int64_t columns, bool transposed, std::vector<float>& buffer) {
-  const int64_t stride = kPanel * depth;
-  buffer.assign(blocks_of(columns, kPanel) * stride, 0.0f);
-  for (int64_t n = 0; n < columns; n += kPanel) {
-    const int64_t some = std::min<int64_t>(kPanel, columns - n);
-    float* panel = buffer.data() + n / kPanel * stride;
+Right packed(const float* from, int64_t depth, int64_t columns, bool transposed, Buffer& buffer,
+             int threads) {
+  const int64_t stride = kPanel * depth, panels = blocks_of(columns, kPanel);
+  buffer = Buffer(panels * stride);
+  spread(threads, panels, buffer.size(), [&](int64_t index) {
+    const int64_t n = index * kPanel, some = std::min<int64_t>(kPanel, columns - n);
+    float* panel = buffer.data() + index * stride;
+    if (some < kPanel) std::memset(panel, 0, sizeof(float) * stride);
     if (transposed)
       transpose(from + n * depth, depth, some, depth, panel, kPanel);
     else
       for (int64_t k = 0; k < depth; k++)
         std::memcpy(panel + k * kPanel, from + k * columns + n, sizeof(float) * some);
-  }
+  });
   return {buffer.data(), kPanel, stride};
 }
 
 // float32 as a dense tensor of any dtype, which may be absent.
-void from_float(DType dtype, const float* from, int64_t count, void* to) {
-  with_dtype(dtype, [&](auto type) {
-    using D = decltype(type);
-    auto* typed = static_cast<typename D::Stored*>(to);
-    for (int64_t i = 0; i < (typed ? count : 0); i++) typed[i] = D::write(from[i]);
+void from_float(DType dtype, const float* from, int64_t count, void* to, int threads = 1) {
+  if (!to) return;
+  spread(threads, blocks_of(count, kPart), count, [&](int64_t block) {
+    const Range r(block, kPart, count);
+    with_dtype(dtype, [&](auto type) {
+      using D = decltype(type);
+      auto* typed = static_cast<typename D::Stored*>(to);
+      for (int64_t i = r.first; i < r.last; i++) typed[i] = D::write(from[i]);
+    });
   });
 }
 
@@ -166,7 +209,7 @@ struct Block {
   const BlockWeights& given;
   int64_t C, D, E, Q, K, L, W, N, M, pooled[3];
   bool has_bias;
-  std::vector<float> projection, bias, out, out_bias;
+  Buffer projection, bias, out, out_bias;
 
   Block(const BlockShape& s, const BlockWeights& w)
       : shape(s),
@@ -186,22 +229,22 @@ struct Block {
       N *= s.space[i];
       M *= pooled[i];
     }
-    projection.resize(W * C);
-    bias.resize(W);
-    out.resize(C * E);
-    out_bias.resize(C);
+    projection = Buffer(W * C);
+    bias = Buffer(W);
+    out = Buffer(C * E);
+    out_bias = Buffer(C);
     if (w.pair) {
       join(w.theta, w.theta_bias, 0);
       join(w.phi, w.phi_bias, 1);
     } else if (w.theta) {
-      to_float(w.dtype, w.theta, D * C, projection.data());
-      to_float(w.dtype, w.phi, D * C, projection.data() + D * C);
+      to_float(w.dtype, w.theta, D * C, projection.data(), s.threads);
+      to_float(w.dtype, w.phi, D * C, projection.data() + D * C, s.threads);
       to_float(w.dtype, w.theta_bias, D, bias.data());
       to_float(w.dtype, w.phi_bias, D, bias.data() + D);
     }
-    to_float(w.dtype, w.g, E * C, projection.data() + (W - E) * C);
+    to_float(w.dtype, w.g, E * C, projection.data() + (W - E) * C, s.threads);
     to_float(w.dtype, w.g_bias, E, bias.data() + W - E);
-    to_float(w.dtype, w.out, C * E, out.data());
+    to_float(w.dtype, w.out, C * E, out.data(), s.threads);
     to_float(w.dtype, w.out_bias, C, out_bias.data());
   }
 
@@ -276,17 +319,23 @@ struct Block {
 // Gradients of the weights: one sum a thread, added up in the order of the threads.
 class WeightSums {
  public:
-  WeightSums(const Block& block, int threads)
-      : k_(block), parts_(threads, std::vector<float>(size(), 0.0f)) {}
+  WeightSums(const Block& block, int threads) : k_(block), parts_(threads) {}
 
-  // One thread's sums: projection [W][C], out [C][E], bias [W], out bias [C].
-  float* part(int thread) { return parts_[thread].data(); }
-  float* out(int thread) { return parts_[thread].data() + k_.W * k_.C; }
+  // One thread's sums: projection [W][C], out [C][E], bias [W], out bias [C]; zeros when first asked for.
+  float* part(int thread) {
+    Buffer& sums = parts_[thread];
+    if (!sums.size()) {
+      sums = Buffer(size());
+      std::memset(sums.data(), 0, sizeof(float) * size());
+    }
+    return sums.data();
+  }
+  float* out(int thread) { return part(thread) + k_.W * k_.C; }
 
   // Adds the share of some positions; without `attention` that of W_z is left to the caller.
   void add(int thread, int64_t count, Rows x, Rows grad_z, Rows attention, Rows grads,
            Ahead* ahead = nullptr) {
-    float *projection = parts_[thread].data(), *out = projection + k_.W * k_.C, *bias = out + k_.C * k_.E;
+    float *projection = part(thread), *out = projection + k_.W * k_.C, *bias = out + k_.C * k_.E;
     const Rows projected{grads.data + k_.Q, grads.ld};
     gemm<Order::depth_major>(k_.W, k_.C, count, {projected.data, projected.ld}, {x.data, x.ld},
                              {projection, k_.C, projection, k_.C}, ahead);
@@ -299,18 +348,18 @@ class WeightSums {
   }
 
   void store(const BlockGradients& to) {
-    const int64_t count = size(), block = 4096;
-#pragma omp parallel for num_threads(parts_.size()) if (count > 16 * block)
-    for (int64_t first = 0; first < count; first += block) {
-      const int64_t last = std::min(first + block, count);
-      float* total = parts_[0].data();
-      for (size_t part = 1; part < parts_.size(); part++)
-        for (int64_t i = first; i < last; i++) total[i] += parts_[part][i];
-    }
+    const int threads = static_cast<int>(parts_.size());
+    float* total = part(0);
+    spread(threads, blocks_of(size(), kPart), size(), [&](int64_t block) {
+      const Range r(block, kPart, size());
+      for (int thread = 1; thread < threads; thread++)
+        for (int64_t i = r.first; i < (parts_[thread].size() ? r.last : 0); i++)
+          total[i] += parts_[thread][i];
+    });
     const DType dtype = k_.given.dtype;
-    const float* from = parts_[0].data();
+    const float* from = total;
     const auto take = [&](void* target, int64_t count) {
-      from_float(dtype, from, count, target);
+      from_float(dtype, from, count, target, threads);
       from += count;
     };
     if (k_.given.pair) {
@@ -359,9 +408,9 @@ class WeightSums {
     from_float(given.dtype, grad_pair.data(), 2 * D, to.pair);
   }
 
-  size_t size() const { return k_.W * k_.C + k_.C * k_.E + k_.W + k_.C; }
+  int64_t size() const { return k_.W * k_.C + k_.C * k_.E + k_.W + k_.C; }
   const Block& k_;
-  std::vector<std::vector<float>> parts_;
+  std::vector<Buffer> parts_;
 };
 
 }  // namespace

@@ -13,7 +13,9 @@ namespace rlnas::RLNAS_ISA {
 // and sum are vertical, no key is padded, and P^T is in the order that the next product broadcasts from.
 constexpr int64_t kForwardTile = 32, kBackwardTile = 64;  // queries; multiples of every kPanel
 constexpr int64_t kKeyBlock = 512;                        // keys whose logits are held at once
-constexpr int64_t kSmall = 64;  // an image of at most so many positions is one tile, whose softmax is kept
+constexpr int64_t kKept =
+    256;  // an image of at most so many positions keeps the softmax's terms for the backward
+constexpr int64_t kKeptTile = 128;  // most of its queries in one tile
 
 enum Slot { kQueries, kLogits, kGradQueries, kGradLogits, kOut, kX, kGradZ, kFree };
 
@@ -33,13 +35,22 @@ static inline Right lanes_from(Rows rows, int64_t count, int64_t channels, float
   return {to, kPanel, kPanel * channels};
 }
 
+// The maximum of each of kWidth lanes over rows, in chains that do not wait for one another.
+RLNAS_INLINE Vec highest_of(const float* rows, int64_t ld, int64_t count) {
+  Vec highest[4];
+  for (int i = 0; i < 4; i++) highest[i] = load(rows + std::min<int64_t>(i, count - 1) * ld);
+  for (int64_t j = 4; j < count; j += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+      highest[i] = maximum(highest[i], load(rows + std::min(j + i, count - 1) * ld));
+  return maximum(maximum(highest[0], highest[1]), maximum(highest[2], highest[3]));
+}
+
 // In: logits [keys][tile] of one block, running maximum and sum of each lane.  Out: exp(logit - maximum).
 static inline void softmax_block(float* logits, int64_t tile, int64_t keys, int64_t lanes, float* maxima,
                                  float* sums, float* rescale) {
   for (int64_t n = 0; n < lanes; n += kWidth) {
-    const Vec before = load(maxima + n);
-    Vec highest = before;
-    for (int64_t j = 0; j < keys; j++) highest = maximum(highest, load(logits + j * tile + n));
+    const Vec before = load(maxima + n), highest = maximum(before, highest_of(logits + n, tile, keys));
     const Vec factor = exponential(before - highest);
     Vec total = load(sums + n) * factor;
     for (int64_t j = 0; j < keys;) {
@@ -171,62 +182,68 @@ static inline void attend_backward(Rows query, Rows out, Rows grad_out, const fl
   }
 }
 
-// All queries of a small image at once.  Fills terms [keys][kSmall], exp(logit - maximum), and the inverse of
-// their sums; the mean of the values is the product of the two.
-static inline void attend_small(Rows query, int64_t count, int64_t inner, int64_t value, const KeyValue& keys,
-                                Rows out, float* terms, float* inverse, Ahead* ahead) {
+// Lanes of a row of kept terms: whole vectors on every instruction set.
+static inline int64_t kept_lanes(int64_t queries) { return (queries + 15) / 16 * 16; }
+
+// Queries of a tile of an image that keeps its terms, so that all tiles are of almost equal size.
+static inline int64_t kept_tile(int64_t positions) {
+  const int64_t tiles = std::max<int64_t>(1, (positions + kKeptTile - 1) / kKeptTile);
+  return kept_lanes((positions + tiles - 1) / tiles);
+}
+
+// Fills terms, exp(logit - maximum), and the inverse of their sums; the mean of the values is the product of
+// the two.
+static inline void attend_kept(Rows query, int64_t count, int64_t inner, int64_t value, const KeyValue& keys,
+                               Rows out, Rows terms, float* inverse, Ahead* ahead) {
   const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
-  const Right queries = lanes_from(query, count, inner, scratch<kQueries>(kSmall * inner));
-  gemm<Order::row_major>(keys.count, lanes, inner, {keys.key.data, keys.key.ld}, queries, {terms, kSmall},
-                         ahead);
+  const Right queries = lanes_from(query, count, inner, scratch<kQueries>(kKeptTile * inner));
+  gemm<Order::row_major>(keys.count, lanes, inner, {keys.key.data, keys.key.ld}, queries,
+                         {terms.data, terms.ld}, ahead);
   for (int64_t n = 0; n < lanes; n += kWidth) {
-    Vec highest = load(terms + n), other = highest, total = {};
-    for (int64_t j = 1; j < keys.count; j += 2) {
-      highest = maximum(highest, load(terms + j * kSmall + n));
-      other = maximum(other, load(terms + std::min(j + 1, keys.count - 1) * kSmall + n));
-    }
-    highest = maximum(highest, other);
+    const Vec highest = highest_of(terms.data + n, terms.ld, keys.count);
+    Vec total = {};
     for (int64_t j = 0; j < keys.count;) {
       Vec part = {};
       for (const int64_t end = std::min(keys.count, j + 32); j < end; j++) {
-        const Vec e = exponential(load(terms + j * kSmall + n) - highest);
-        store(terms + j * kSmall + n, e);
+        const Vec e = exponential(load(terms.at(j) + n) - highest);
+        store(terms.at(j) + n, e);
         part += e;
       }
       total += part;
     }
     store_some(inverse + n, 1.0f / total, std::min<int64_t>(kWidth, count - n));
   }
-  gemm<Order::depth_major>(count, value, keys.count, {terms, kSmall}, {keys.value.data, keys.value.ld},
+  gemm<Order::depth_major>(count, value, keys.count, {terms.data, terms.ld}, {keys.value.data, keys.value.ld},
                            {out.data, out.ld, nullptr, 0, inverse}, ahead);
 }
 
-// `scaled` is the gradient of the mean times the inverse sums, so that the terms stand for the softmax.
-static inline void attend_small_backward(Rows query, Rows scaled, int64_t count, int64_t inner, int64_t value,
-                                         const KeyValue& keys, const float* terms, Rows grad_query,
-                                         const KeyValue& grad_keys, bool first, Ahead* ahead) {
-  const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
-  const Right upstream = lanes_from(scaled, count, value, scratch<kGradQueries>(kSmall * value));
-  float* grads = scratch<kGradLogits>(kSmall * kSmall);
-  gemm<Order::row_major>(keys.count, lanes, value, {keys.value.data, keys.value.ld}, upstream,
-                         {grads, kSmall}, ahead);
+// Adds this tile's share to grad_keys, or overwrites them if `first`, and writes grad_query.  `scaled` is the
+// gradient of the mean times the inverse sums, so that the terms stand for the softmax.
+static inline void attend_kept_backward(Rows query, Rows scaled, int64_t count, int64_t inner, int64_t value,
+                                        const KeyValue& keys, Rows terms, Rows grad_query,
+                                        const KeyValue& grad_keys, bool first, Ahead* ahead) {
+  const int64_t T = kept_lanes(count), lanes = (count + kWidth - 1) / kWidth * kWidth;
+  const Right upstream = lanes_from(scaled, count, value, scratch<kGradQueries>(kKeptTile * value));
+  float* grads = scratch<kGradLogits>(keys.count * T);
+  gemm<Order::row_major>(keys.count, lanes, value, {keys.value.data, keys.value.ld}, upstream, {grads, T},
+                         ahead);
   for (int64_t n = 0; n < lanes; n += kWidth) {
     const auto [mass, mean] = moments_over(keys.count, [&](int64_t j) {
-      return std::pair<Vec, Vec>(load(terms + j * kSmall + n), load(grads + j * kSmall + n));
+      return std::pair<Vec, Vec>(load(terms.at(j) + n), load(grads + j * T + n));
     });
     const Vec delta = mean / mass;  // as in attend_backward
 #pragma GCC unroll 4
     for (int64_t j = 0; j < keys.count; j++) {
-      float* grad = grads + j * kSmall + n;
-      store(grad, load(terms + j * kSmall + n) * (load(grad) - delta));
+      float* grad = grads + j * T + n;
+      store(grad, load(terms.at(j) + n) * (load(grad) - delta));
     }
   }
-  gemm<Order::depth_major>(count, inner, keys.count, {grads, kSmall}, {keys.key.data, keys.key.ld},
+  gemm<Order::depth_major>(count, inner, keys.count, {grads, T}, {keys.key.data, keys.key.ld},
                            {grad_query.data, grad_query.ld}, ahead);
   const auto add_to = [first](Rows to) { return Out{to.data, to.ld, first ? nullptr : to.data, to.ld}; };
-  gemm<Order::row_major>(keys.count, inner, count, {grads, kSmall}, {query.data, query.ld},
-                         add_to(grad_keys.key), ahead);
-  gemm<Order::row_major>(keys.count, value, count, {terms, kSmall}, {scaled.data, scaled.ld},
+  gemm<Order::row_major>(keys.count, inner, count, {grads, T}, {query.data, query.ld}, add_to(grad_keys.key),
+                         ahead);
+  gemm<Order::row_major>(keys.count, value, count, {terms.data, terms.ld}, {scaled.data, scaled.ld},
                          add_to(grad_keys.value), ahead);
 }
 

@@ -17,6 +17,8 @@ struct HalfRows {
   Half* data;
   int64_t ld;
   Half* at(int64_t row) const { return data + row * ld; }
+  HalfRows below(int64_t row) const { return {at(row), ld}; }
+  HalfRows beside(int64_t column) const { return {data ? data + column : nullptr, ld}; }
 };
 struct LeftPairs {
   const Pair* data;
@@ -43,6 +45,10 @@ RLNAS_INLINE __m256i narrowed(Vec v) { return (__m256i)_mm512_cvtneps_pbh((__m51
 RLNAS_INLINE Vec load_half(const Half* p, int64_t count) {
   return widened(_mm256_maskz_loadu_epi16(lanes_mask(count), p));
 }
+RLNAS_INLINE Vec load_half(const Half* p) {
+  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+RLNAS_INLINE void store_half(Half* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 RLNAS_INLINE __m512i paired(__m256i low, __m256i high) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
@@ -192,18 +198,29 @@ void add_halves(HalfRows from, int64_t count, int64_t columns, Rows to) {
 // Pairs of a right operand from float32 weights [depth][columns] or, transposed, [columns][depth].
 class WeightPairs {
  public:
-  WeightPairs(const std::vector<float>& weights, int64_t depth, int64_t columns, bool transposed)
-      : halves_(weights.size()), pairs_(blocks_of(columns, kPanel) * kPanel * depth / 2) {
-    const HalfRows rows{halves_.data(), transposed ? depth : columns};
-    narrow(weights.data(), transposed ? columns : depth, rows.ld, rows);
-    right_ = transposed ? pair_lanes(rows, columns, depth, pairs_.data())
-                        : pair_panels(rows, depth, columns, pairs_.data());
+  WeightPairs(const Buffer& weights, int64_t depth, int64_t columns, bool transposed, int threads)
+      : halves_(blocks_of(weights.size(), 2)), pairs_(panels_size(depth, columns)) {
+    const int64_t lines = transposed ? columns : depth, length = transposed ? depth : columns;
+    const HalfRows rows{reinterpret_cast<Half*>(halves_.data()), length};
+    spread(threads, blocks_of(lines, kPanel), weights.size(), [&](int64_t index) {
+      const Range r(index, kPanel, lines);
+      narrow(weights.data() + r.first * length, r.count(), length, rows.below(r.first));
+    });
+    const int64_t stride = depth / 2 * kPanel;
+    spread(threads, blocks_of(columns, kPanel), weights.size(), [&](int64_t index) {
+      const Range r(index, kPanel, columns);
+      float* panel = pairs_.data() + index * stride;
+      if (transposed)
+        pair_lanes(rows.below(r.first), r.count(), depth, panel);
+      else
+        pair_panels(rows.beside(r.first), depth, r.count(), panel);
+    });
+    right_ = {reinterpret_cast<const Pair*>(pairs_.data()), kPanel, stride};
   }
   RightPairs right() const { return right_; }
 
  private:
-  std::vector<Half> halves_;
-  std::vector<float> pairs_;
+  Buffer halves_, pairs_;
   RightPairs right_;
 };
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rlnas_fast.errors import ConfigError, KernelUnavailable, ShapeError
 from rlnas_fast.ops import nonlocal_attention, nonlocal_block
-from rlnas_fast.ops.nonlocal_attention import KINDS, dot_product, reference
+from rlnas_fast.ops.nonlocal_attention import KINDS, cpu, dot_product, reference
 from rlnas_fast.ops.nonlocal_attention.dot_product import (
     dot_product_algorithm,
     gram_block,
@@ -223,6 +223,34 @@ def test_bfloat16_on_every_instruction_set(isa: str, bias: bool, kind: str) -> N
         for shape, inside in views:
             wide = torch.full(shape, torch.nan, dtype=x.dtype).to(memory_format=torch.channels_last)
             check_block(wide[inside].copy_(x), weights, case[3], kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["gaussian", "embedded_gaussian"])
+def test_softmax_kept_or_recomputed_on_every_instruction_set(isa: str, kind: str, dtype: torch.dtype) -> None:
+    """Up to 256 positions keep their terms."""
+    for space, pool in [((9, 13), 1), ((15, 16), (2, 1)), ((257,), 1)]:
+        x, weights = block_operands(((2, 12, *space), 6, 10, pool), dtype)
+        check_block(laid_out(x, "channels last"), weights, pool, kind)
+    x, weights = block_operands(((1, 12, 14, 14), 6, 10, 1), dtype, bias=False)
+    check_block(x, weights, 1, kind, residual=False)
+
+
+@pytest.mark.parametrize("positions", [999, 1025])
+def test_gaussian_in_bfloat16_with_both_products_joined_or_not(positions: int) -> None:
+    x, weights = block_operands(((2, 12, positions), 6, 10, 1), torch.bfloat16)
+    check_block(laid_out(x, "channels last"), weights, 1, "gaussian")
+
+
+def test_memory_kept_for_the_backward_is_linear_in_positions() -> None:
+    """Terms of at most 256 keys a position, and none beyond."""
+
+    def floats(side: int) -> int:
+        return cpu.saved_size("embedded_gaussian", (1, 64, side, side), 32, 32, (1, 1))
+
+    row = 4 * 32 + 1  # theta, phi, g, their mean, and the log-sum-exp
+    assert floats(16) == 256 * (row + cpu.KEPT)
+    assert floats(32) == 1024 * row
 
 
 PAIRS = [  # even channel counts and several images, which the kernel for bfloat16 pairs serves; then not

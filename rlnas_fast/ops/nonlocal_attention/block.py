@@ -491,7 +491,7 @@ def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         return z, []
     if x.device.type == "cpu":
         inner = x.shape[1] if weights[0] is None else weights[0].shape[0]
-        size = cpu.saved_size(kind, x.shape, x.dtype, inner, weights[2].shape[0], windows)
+        size = cpu.saved_size(kind, x.shape, inner, weights[2].shape[0], windows)
         return z, [x.new_empty(size, dtype=torch.float32)]
     batch, space = x.shape[0], x.shape[2:]
     inner, width, positions = weights[0].shape[0], weights[2].shape[0], math.prod(space)
@@ -536,7 +536,7 @@ def block_flops(
         small, mixed = keys * inner * width, channels * inner * width
         output = positions * channels * inner
         forward = projections + output + small + mixed
-        backward = 2 * (projections + output + small) + 3 * mixed
+        backward = 2 * (projections + output + small + mixed)
     return 2 * batch * forward, 2 * batch * backward
 
 

@@ -26,7 +26,7 @@ __all__ = [
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"gaussian": 0, "embedded_gaussian": 0, "dot_product": 1, "concatenation": 2}  # the fused blocks
-SMALL = 64  # most positions of an image whose softmax is kept for the backward, as kSmall in nonlocal_core.h
+KEPT = 256  # most positions of an image whose softmax is kept for the backward, as kKept in nonlocal_core.h
 MOST_CALLS = 4096  # layouts remembered
 Tensors = Sequence[torch.Tensor | None]  # x, theta, phi, g, out, their biases, and the pair of concatenation
 
@@ -120,7 +120,7 @@ class BlockCall:
         self._dtype = DTYPES[x.dtype]
         self._x_strides = _strides(x)
         self._z_strides = _strides(torch.empty_like(x, device="meta"))
-        counts = _saved_counts(kind, x.shape, x.dtype, depth, g.shape[0], pool)
+        counts = _saved_counts(kind, x.shape, depth, g.shape[0], pool)
         ends = list(itertools.accumulate(_rounded(count) for count in counts))
         self._saved = ends[-1]
         self._offsets = [
@@ -207,29 +207,28 @@ def block_call(key: Hashable, kind: str, tensors: Tensors, pool: Sequence[int], 
     return call
 
 
-def saved_size(
-    kind: str, shape: Sequence[int], dtype: torch.dtype, inner: int, value: int, pool: Sequence[int]
-) -> int:
+def saved_size(kind: str, shape: Sequence[int], inner: int, value: int, pool: Sequence[int]) -> int:
     """Number of float32 that the forward keeps for the backward of x of this shape."""
-    return sum(_rounded(count) for count in _saved_counts(kind, shape, dtype, inner, value, pool))
+    return sum(_rounded(count) for count in _saved_counts(kind, shape, inner, value, pool))
 
 
 def _saved_counts(
-    kind: str, shape: Sequence[int], dtype: torch.dtype, inner: int, value: int, pool: Sequence[int]
+    kind: str, shape: Sequence[int], inner: int, value: int, pool: Sequence[int]
 ) -> tuple[int, ...]:
     """Numbers of float32 of each part of ``BlockSaved`` in csrc/cpu/nonlocal_attention.h."""
     batch, positions = shape[0], math.prod(shape[2:])
     keys = math.prod(size // window for size, window in zip(shape[2:], pool, strict=True))
     softmax = KINDS[kind] == KINDS["embedded_gaussian"]
     columns = (1 if kind == "gaussian" else 2) * inner + value
-    small = softmax and dtype == torch.float32 and positions <= SMALL
+    terms = keys * _rounded(positions) if softmax and positions <= KEPT else 0
+    mixed = shape[1] * inner if kind == "dot_product" else 0
     pooled = any(window > 1 for window in pool)
     return (
         batch * positions * columns,
         batch * (value * inner if kind == "dot_product" else positions * value),
         batch * positions if softmax else 0,
         (batch * keys * (inner + value) + 3) // 4 if pooled else 0,  # bytes
-        batch * keys * SMALL if small else 0,
+        batch * (terms + mixed),
     )
 
 
