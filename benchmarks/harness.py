@@ -52,7 +52,7 @@ class Row:
         """Says whether the bound is met; NaN never is."""
         if self.must is None:
             return True
-        return self.measured <= self.must if self.at_most else self.measured >= self.must
+        return bool(self.measured <= self.must if self.at_most else self.measured >= self.must)
 
 
 def interleaved(
