@@ -18,7 +18,7 @@ constexpr int64_t kFewChannels = 256;       // up to which the memory of more ch
 enum { kSums, kSome, kRows, kTransposed };  // slots of scratch
 
 struct Chunk {
-  int64_t begin, end;  // positions
+  int64_t begin, end;      // positions
   float *sums, *products;  // [C] and [C][ld], of values less `shift`
   int64_t nonzero = 0;
 };
