@@ -9,6 +9,8 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/scratch.h"
+
 namespace py = pybind11;
 
 namespace rlnas {
@@ -93,11 +95,10 @@ class PackedProduct {
         input_permutation_(at<const int32_t>(input_permutation)),
         output_permutation_(at<const int32_t>(output_permutation)) {}
 
-  void operator()(Address x, int64_t batch, int64_t stride, Address y, Address bias, Address scratch,
-                  int threads) const {
+  void operator()(Address x, int64_t batch, int64_t stride, Address y, Address bias, int threads) const {
     const Matrix in{at<const void>(x), weight_.dtype, batch, weight_.in_features, stride};
     const Output out{at<void>(y), weight_.dtype, output_permutation_, at<const void>(bias)};
-    float* const room = at<float>(scratch);
+    float* const room = scratch<kRoom>(static_cast<size_t>((batch + 128) * (weight_.in_features + 32)));
     if (kernel_ == Kernel::rows)
       RLNAS_DISPATCH(multiply_rows, in, weight_.out_features, rows_, input_permutation_, out, room, threads);
     else if (kernel_ == Kernel::tiles)

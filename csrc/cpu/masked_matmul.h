@@ -8,6 +8,7 @@
 
 namespace rlnas {
 
+enum Slot { kRoom, kPicked };  // of scratch.h
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 // Rows of x are `stride` elements apart, their elements adjacent.

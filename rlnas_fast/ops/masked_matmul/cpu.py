@@ -67,6 +67,7 @@ class Packed(NamedTuple):
     """A masked weight in the form that one kernel reads; holds no reference to weight or mask."""
 
     kernel: str
+    shape: tuple[int, int]  # (N, K)
     mask: TileTensors  # as the kernel reads it
     weight: torch.Tensor  # [N, K]
     buffers: tuple[torch.Tensor, ...]
@@ -88,7 +89,7 @@ def pack(weight: torch.Tensor, mask: TileTensors, kernel: str) -> Packed:
     if kernel == "dense":
         dense = effective_weight(weight, mask)
         prepacked = dense.dtype == torch.float32 and dense.numel() and torch.backends.mkldnn.is_available()
-        return Packed(kernel, frozen, dense, (dense.to_mkldnn(),) if prepacked else (), nonzeros)
+        return Packed(kernel, mask.shape, frozen, dense, (dense.to_mkldnn(),) if prepacked else (), nonzeros)
     buffers: tuple[torch.Tensor, ...] = ()
     narrow = weight
     if kernel == "direct":
@@ -106,7 +107,7 @@ def pack(weight: torch.Tensor, mask: TileTensors, kernel: str) -> Packed:
         *(_address(buffers[0]) if kernel == "tiles" else 0, _address(frozen.input_permutation)),
         _address(frozen.output_permutation),
     )
-    return Packed(kernel, frozen, weight, (*buffers, narrow), nonzeros, product)
+    return Packed(kernel, mask.shape, frozen, weight, (*buffers, narrow), nonzeros, product)
 
 
 def _without_dead_columns(weight: torch.Tensor, mask: TileTensors) -> tuple[torch.Tensor, TileTensors]:
@@ -166,33 +167,31 @@ def pack_fastest(weight: torch.Tensor, mask: TileTensors, batch: int) -> Packed:
 
 def takes(packed: Packed, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Says whether ``forward_packed`` can be called as it is; quick, since products take microseconds."""
-    weight = packed.weight
+    rows, cols = packed.shape
     return (
-        x.dtype is weight.dtype
+        x.dtype is packed.weight.dtype
         and x.dim() == 2
-        and x.shape[1] == weight.shape[1]
+        and x.shape[1] == cols
         and x.is_cpu
         and not (x.requires_grad and torch.is_grad_enabled())
         and (packed.kernel != "direct" or x.shape[0] <= DIRECT_ROWS)
-        and (bias is None or (bias.dtype is x.dtype and bias.is_cpu and bias.shape == weight.shape[:1]))
+        and (bias is None or (bias.dtype is x.dtype and bias.is_cpu and bias.shape == (rows,)))
         and not torch.is_autocast_enabled("cpu")
     )
 
 
 def forward_packed(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
     """Computes the product with a packed weight; x [B, K], y [B, N]."""
-    batch, weight = x.shape[0], packed.weight
+    batch = x.shape[0]
     if packed.product is None:
-        if packed.buffers and batch > DIRECT_ROWS:  # oneDNN's own packing; it does not pay for a few rows
-            weight = packed.buffers[0]
+        # oneDNN's own packing does not pay for a few rows
+        weight = packed.buffers[0] if packed.buffers and batch > DIRECT_ROWS else packed.weight
         return _dense(x, weight, packed.mask, bias)
     x, bias = _rows_adjacent(x), None if bias is None else bias.contiguous()
-    rows, cols = weight.shape
-    y = x.new_empty(batch, rows)
-    scratch = _workspace("x", (batch + 128) * (cols + 32))
+    y = x.new_empty(batch, packed.shape[0])
     packed.product(
-        *(x.data_ptr(), batch, x.stride(0), y.data_ptr(), _address(bias), scratch.data_ptr()),
-        _threads(batch, packed.nonzeros, (rows, cols)),
+        *(x.data_ptr(), batch, x.stride(0), y.data_ptr(), _address(bias)),
+        _threads(batch, packed.nonzeros, packed.shape),
     )
     return y
 
