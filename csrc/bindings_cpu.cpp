@@ -11,6 +11,7 @@ void register_nonlocal_attention(py::module_& module);
 void register_concatenation(py::module_& module);
 void register_masked_matmul(py::module_& module);
 void register_activation_statistics(py::module_& module);
+void register_lent_memory(py::module_& module);
 
 PYBIND11_MODULE(_cpu, module) {
   module.def("set_isa", &rlnas::set_isa, py::arg("name"), "Forces an instruction set; \"auto\" undoes it.");
@@ -20,4 +21,5 @@ PYBIND11_MODULE(_cpu, module) {
   register_concatenation(module);
   register_masked_matmul(module);
   register_activation_statistics(module);
+  register_lent_memory(module);
 }

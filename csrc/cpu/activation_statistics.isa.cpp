@@ -23,6 +23,19 @@ struct Chunk {
   int64_t nonzero = 0;
 };
 
+// rows[c][t] = channel c at places[t].  What lies together is read together: where channels are planes, all
+// planes of a sample before the next sample.
+void read_tile(const LookedAt& x, const int64_t* places, int64_t count, float* rows) {
+  for (int64_t first = 0, last; first < count; first = last) {
+    for (last = first + 1; last < count; last++)
+      if (x.channel_stride > 1 && places[last] - places[last - 1] >= x.channel_stride) break;
+    for (int64_t c = 0; c < x.channels; c++) {
+      const float* from = x.data + c * x.channel_stride;
+      for (int64_t t = first; t < last; t++) rows[c * kTile + t] = from[places[t]];
+    }
+  }
+}
+
 void add_chunk(const LookedAt& x, const float* shift, int64_t ld, float* some, int64_t some_ld,
                Chunk& chunk) {
   const int64_t C = x.channels;
@@ -31,26 +44,28 @@ void add_chunk(const LookedAt& x, const float* shift, int64_t ld, float* some, i
   std::memset(chunk.sums, 0, sizeof(float) * C);
   std::memset(chunk.products, 0, sizeof(float) * C * ld);
   std::memset(transposed, 0, sizeof(float) * kTile * ld);  // columns beyond C stay 0
+  VecInt zeros = {};
   int64_t nonzero = 0;
   for (int64_t first = chunk.begin; first < chunk.end; first += kTile) {
     const int64_t count = std::min(kTile, chunk.end - first), *places = x.places + first;
+    read_tile(x, places, count, rows);
     for (int64_t c = 0; c < C; c++) {
-      const float* from = x.data + c * x.channel_stride;
       float *row = rows + c * kTile, total = 0;
-      for (int64_t t = 0; t < count; t++) row[t] = from[places[t]];
       for (int64_t p = (first + x.thin - 1) / x.thin; p * x.thin < first + count; p++)
         some[c * some_ld + p] = row[p * x.thin - first];
-      int32_t not_zero = 0;
-      for (int64_t t = 0; t < count; t++) not_zero += row[t] != 0;
-      nonzero += not_zero;
       Vec sums = {};
       int64_t t = 0;
       for (; t + kWidth <= count; t += kWidth) {
-        const Vec less = load(row + t) - shift[c];
+        const Vec values = load(row + t), less = values - shift[c];
+        zeros += (VecInt)(values == Vec{});  // -1 where true
         sums += less;
         store(row + t, less);
       }
-      for (; t < count; t++) total += row[t] -= shift[c];
+      nonzero += t;
+      for (; t < count; t++) {
+        nonzero += row[t] != 0;
+        total += row[t] -= shift[c];
+      }
       chunk.sums[c] += total + sum(sums);
     }
     transpose(rows, kTile, C, count, transposed, ld);
@@ -60,6 +75,7 @@ void add_chunk(const LookedAt& x, const float* shift, int64_t ld, float* some, i
                              {to, ld, to, ld});
     }
   }
+  for (int i = 0; i < kWidth; i++) nonzero += zeros[i];
   chunk.nonzero = nonzero;
 }
 
@@ -115,7 +131,7 @@ ActivationStatistics activation_statistics(const LookedAt& x) {
   float* some = scratch<kSome>(C * some_ld);
   float* space = scratch<kSums>(C + 2 * parts * C * (ld + 1));
   float* shift = space;  // near the mean, so that float32 squares lose nothing
-  const int64_t near = std::min(kTile, x.positions);
+  const int64_t near = std::min<int64_t>(64, x.positions);
   for (int64_t c = 0; c < C; c++) {
     float total = 0;
     for (int64_t p = 0; p < near; p++)

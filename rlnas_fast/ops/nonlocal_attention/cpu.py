@@ -28,6 +28,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"gaussian": 0, "embedded_gaussian": 0, "dot_product": 1, "concatenation": 2}  # the fused blocks
 KEPT = 256  # most positions of an image whose softmax is kept for the backward, as kKept in nonlocal_core.h
 MOST_CALLS = 4096  # layouts remembered
+# So many float32 the C library hands back to the system and takes again, cleared page by page; what is less
+# it finds where the call before left it in the caches.
+LENT_FROM = 1 << 20
 Tensors = Sequence[torch.Tensor | None]  # x, theta, phi, g, out, their biases, and the pair of concatenation
 
 
@@ -133,8 +136,9 @@ class BlockCall:
         """Returns z and, if ``save``, what the backward needs; gaps within it are 0 if ``clean``."""
         x, pointers = _addresses(tensors)
         z = torch.empty_like(x)
-        make = x.new_zeros if clean else x.new_empty
-        saved = make(self._saved, dtype=torch.float32) if save else None
+        saved = lent(self._saved) if save else None
+        if saved is not None and clean:
+            saved.zero_()
         self._kernels.nonlocal_block_forward(
             *self._shape,
             torch.are_deterministic_algorithms_enabled(),
@@ -179,6 +183,13 @@ class BlockCall:
             return [0] * len(self._offsets)
         start = saved.data_ptr()
         return [0 if offset is None else start + offset for offset in self._offsets]
+
+
+def lent(count: int) -> torch.Tensor:
+    """float32 [count], not cleared; much comes from memory that goes from each holder to the next."""
+    if count < LENT_FROM:
+        return torch.empty(count, dtype=torch.float32)
+    return torch.frombuffer(native.cpu().Loan(count), dtype=torch.float32)
 
 
 _calls: dict[Hashable, BlockCall] = {}
