@@ -9,11 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import masked_matmul_gpu_cases as cases
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import masked_matmul_gpu_cases as cases
 from triton_compile import assembler_report, compile_launch
 
 from rlnas_fast.ops.masked_matmul import TileMask, cuda, effective_weight, masked_matmul, triton_kernels

@@ -13,12 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import nonlocal_attention_gpu_cases as cases
 import pytest
 import torch
-
-sys.path.insert(0, os.fspath(Path(__file__).parent))
-
-import nonlocal_attention_gpu_cases as cases
 
 pytest.importorskip("triton", reason="Triton is optional")
 
