@@ -145,10 +145,11 @@ def test_compiles_into_one_graph_with_dynamic_shapes(
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for side in (4, 6):
-        x, weights = block_operands(((2, channels, side, side), 3, 4, pool), dtype)
+    for stance, space in (("default", (5, 8)), ("fail_on_recompile", (7, 11))):  # sizes that nothing else has
+        x, weights = block_operands(((2, channels, *space), 3, 4, pool), dtype)
         grad = torch.randn(x.shape)
-        found = with_gradients(compiled, [x, *weights], grad)
+        with torch.compiler.set_stance(stance):
+            found = with_gradients(compiled, [x, *weights], grad)
         plain = with_gradients(step, [x, *weights], grad)
         if dtype == torch.bfloat16:  # another order than the eager one: as exact, not the same
             exact = with_gradients(step, [t.double() for t in (x, *weights)], grad.double())
