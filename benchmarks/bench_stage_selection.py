@@ -41,7 +41,7 @@ import rlnas_fast.placement.procedure
 import rlnas_fast.placement.rewards
 import rlnas_fast.placement.supernet
 import rlnas_fast.placement.value_agents
-from rlnas_fast.compose import Component, make
+from rlnas_fast.components import Component, make
 from rlnas_fast.networks import StageCNN
 from rlnas_fast.placement.supernet import OutcomeTable
 from rlnas_fast.placement_runs import place

@@ -22,7 +22,8 @@ import numpy as np
 from harness import Row, main
 
 from rlnas_fast.comparison import Plan, Searches, TableSource, compare, search, table_of
-from rlnas_fast.compose import Component, SearchConfig, make
+from rlnas_fast.components import Component, make
+from rlnas_fast.config import SearchConfig
 from rlnas_fast.report.curves import interval, paired
 from rlnas_fast.rl.threads import one_blas_thread, one_torch_thread
 

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from .compose import TABLE_SPEC, Component, find, make
+from .components import Component, find, make
+from .compose import TABLE_SPEC
 from .errors import ConfigError
 from .evaluators.tabular import Tabular
 from .rl.threads import one_blas_thread, one_torch_thread

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .compose import COMPONENTS, Component, make, network_of
+from .components import COMPONENTS, Component, make, network_of
 from .errors import ConfigError, DataError, unknown_name
 from .runs import load_child, read_best, saved_config
 from .search import Architecture, TaskSpec

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from .compose import Parts, SearchConfig, make, resolve_device
+from .components import make
+from .compose import Parts, resolve_device
+from .config import SearchConfig
 from .errors import ConfigError
 from .evaluators.train_child import settings_of
 from .hardware import meter_for

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from .compose import TABLE_SPEC, SearchConfig, build, make, read_config
+from .components import make
+from .compose import TABLE_SPEC, build
+from .config import SearchConfig, read_config
 from .envs.construction import ArchitectureEnv, ChainCNNEnv
 from .search import Architecture, Budget, Measurement, Request, SearchSpace, child_seed
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compose import Component, make, network_of, resolve_device
+from .components import Component, make, network_of
+from .compose import resolve_device
 from .errors import ConfigError, DataError, RunError
 from .placement.agents import StageAgent, make_agent
 from .placement.batches import CLEAN, Batches, LoaderBatches, TaskBatches

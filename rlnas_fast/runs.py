@@ -18,7 +18,9 @@ from typing import Any, Protocol, TypeVar
 import tomli_w
 
 from . import __version__, search
-from .compose import Component, Parts, SearchConfig, build, make, read_config
+from .components import Component, make
+from .compose import Parts, build
+from .config import SearchConfig, read_config
 from .errors import ConfigError, ReplayMismatch, RunError
 from .report.front import front_of, save_front_picture
 from .search import Archive, Budget, Measurement, Request, SearchContext, Trial

@@ -36,6 +36,24 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def quick_cost_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One thread, and a cost model of masked products that takes no ten seconds to fit."""
+    import torch
+
+    from rlnas_fast.ops.masked_matmul import cost_model
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(cost_model, "_SIZES", ((64, (1, 8, 32)),))
+        cost_model._coefficients.cache_clear()
+        yield
+    cost_model._coefficients.cache_clear()
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once for each instruction set that this CPU has."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlnas_fast.comparison import Plan, TableSource, code_of, compare, search, table_of
-from rlnas_fast.compose import Component, find
+from rlnas_fast.components import Component, find
 from rlnas_fast.errors import ConfigError, DataError
 from rlnas_fast.strategies.random import RandomSearch
 

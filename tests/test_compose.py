@@ -4,73 +4,10 @@ import numpy as np
 import pytest
 
 from rlnas_fast import compose
-from rlnas_fast.compose import Component, SearchConfig, check_options, find, read_config
+from rlnas_fast.components import Component
+from rlnas_fast.config import SearchConfig, read_config
 from rlnas_fast.errors import ConfigError
 from rlnas_fast.search import SearchContext
-
-
-def test_later_sources_win_and_short_names_mean_tables(tmp_path: Path) -> None:
-    file = tmp_path / "search.toml"
-    file.write_text('trials = 5\nseed = 3\nspace = "chain-cnn"\n[strategy]\nname = "random"\n')
-    config = read_config({"trials": 7, "space.attention": True, "strategy": "reinforce"}, file)
-    assert (config.trials, config.seed) == (7, 3)
-    assert config.space == Component(name="chain-cnn", options={"attention": True})
-    assert config.strategy == Component(name="reinforce")
-
-
-def test_a_saved_configuration_reads_back_the_same() -> None:
-    config = SearchConfig.model_validate({"task": {"name": "npz", "path": "x.npz"}, "max_params": 1e5})
-    assert SearchConfig.model_validate(config.model_dump(mode="json", exclude_none=True)) == config
-
-
-def test_options_of_a_flag_join_those_of_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "search.toml"
-    file.write_text('[task]\nname = "npz"\npath = "a.npz"\n')
-    config = read_config({"task.path": "b.npz", "task": "npz"}, file)
-    assert config.task == Component(name="npz", options={"path": "b.npz"})
-
-
-def test_limits_carry_units() -> None:
-    config = SearchConfig(max_latency_ms=2.0, max_params=1e5)
-    assert config.limits == pytest.approx({"latency_s": 2e-3, "parameters": 1e5})
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"trails": 5}, "unknown setting 'trails': did you mean 'trials'?"),
-        ({"trials": -1}, "trials = -1: Input should be greater than or equal to 1"),
-        ({"trials": "many"}, "trials = 'many'"),
-        ({"max_latency_ms": float("nan")}, "max_latency_ms"),
-        ({"target_latency_ms": 3.0, "max_latency_ms": 2.0}, "is above max_latency_ms = 2.0"),
-        ({"durability": "some"}, "durability = 'some'"),
-        ({"seed": -1}, "seed = -1"),
-        ({"trials": 5, "trials.x": 3}, "trials.x = 3: trials = 5 is no table"),
-        ({"strategy.options": 3}, "strategy.options = 3"),
-    ],
-)
-def test_bad_settings_are_named(settings: dict[str, object], says: str) -> None:
-    with pytest.raises(ConfigError) as raised:
-        read_config(settings)
-    assert says in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-def test_an_unknown_name_gets_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="unknown space 'chain-cn': did you mean 'chain-cnn'"):
-        find("space", "chain-cn")
-
-
-@pytest.mark.parametrize("name", ["no_such_module:Thing", "json:no_such_thing"])
-def test_a_name_that_cannot_be_imported_says_so(name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be imported"):
-        find("space", name)
-
-
-@pytest.mark.parametrize("name", [":Thing", ".relative:Thing", "a..b:Thing", "a path:Thing"])
-def test_what_cannot_be_a_name_says_so(name: str) -> None:
-    with pytest.raises(ConfigError, match="module:attribute"):
-        find("space", name)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", float("nan"), float("-inf")])
@@ -78,27 +15,6 @@ def test_an_option_is_a_finite_number(value: object) -> None:
     config = read_config({"strategy.name": "reinforce", "strategy.temperature": value})
     with pytest.raises(ConfigError, match=r"temperature = .*: give a finite number"):
         compose.build(config)
-
-
-def test_options_are_checked_against_the_signature() -> None:
-    def factory(space: str, *, seed: int, rate: float = 0.1, size: int = 3) -> None: ...
-
-    checked = check_options("strategy 'x'", factory, {"rate": "0.5"}, skip=1, fixed={"seed": 0})
-    assert checked == {"rate": 0.5}
-    with pytest.raises(ConfigError, match="did you mean 'rate'"):
-        check_options("strategy 'x'", factory, {"rat": 1}, skip=1, fixed={"seed": 0})
-    with pytest.raises(ConfigError, match="size = 'big'"):
-        check_options("strategy 'x'", factory, {"size": "big"}, skip=1, fixed={"seed": 0})
-    with pytest.raises(ConfigError, match="needs the option 'seed'"):
-        check_options("strategy 'x'", factory, {}, skip=1)
-
-
-def test_every_component_can_be_imported_and_says_what_it_is() -> None:
-    for kind, names in compose.COMPONENTS.items():
-        for name in names:
-            factory = find(kind, name)
-            assert callable(factory)
-            assert (factory.__doc__ or "").strip(), f"{kind} {name} has no docstring"
 
 
 def test_a_target_needs_a_reward_with_a_target() -> None:
@@ -110,15 +26,6 @@ def test_a_target_needs_a_reward_with_a_target() -> None:
 def test_a_device_that_is_not_here_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         compose.resolve_device(name)
-
-
-def test_a_file_that_is_not_toml_is_one_line(tmp_path: Path) -> None:
-    file = tmp_path / "bad.toml"
-    file.write_text("trials = = 3\n")
-    with pytest.raises(ConfigError, match=r"cannot read the configuration .*bad\.toml"):
-        read_config({}, file)
-    with pytest.raises(ConfigError, match="cannot read the configuration"):
-        read_config({}, tmp_path / "missing.toml")
 
 
 def test_the_reward_follows_what_is_measured(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 import rlnas_fast as rf
 from rlnas_fast import costs
 from rlnas_fast.cli import main
-from rlnas_fast.compose import build, read_config
+from rlnas_fast.compose import build
+from rlnas_fast.config import read_config
 from rlnas_fast.errors import ConfigError, MeterError
 from rlnas_fast.hardware.latency_table import LatencyTable
 from rlnas_fast.search import Cost

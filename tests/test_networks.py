@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlnas_fast.compose import network_of
+from rlnas_fast.components import network_of
 from rlnas_fast.compression.layers import prunable
 from rlnas_fast.errors import ConfigError
 from rlnas_fast.networks import NETWORKS, make_network, named_after

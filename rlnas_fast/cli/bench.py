@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from ..comparison import Plan, Searches, TableSource, compare, table_of
-from ..compose import Component
+from ..components import Component
 from ..errors import ConfigError
 from ..report.curves import draw_curves, interval, paired, write_csv, write_curves
 from ..search.archives import replace_file

@@ -1,4 +1,4 @@
-"""Lists what exists, from the one list in ``compose``."""
+"""Lists what exists, from the one list in ``components``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..compose import COMPONENTS, find
+from ..components import COMPONENTS, find
 
 # What a search passes to its parts itself; everything else a factory takes is an option.
 GIVEN = {

@@ -121,7 +121,7 @@ def search(
         "task.classes": _integers("--classes", classes),
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None} | _settings(settings)
-    from ..compose import read_config
+    from ..config import read_config
     from ..runs import start
 
     if data is not None:
@@ -283,7 +283,7 @@ def tabular(
     as_json: AsJson = False,
 ) -> None:
     """Learning curves, paired differences and CPU time of strategies on a table."""
-    from ..compose import Component
+    from ..components import Component
     from .bench import bench_tabular
 
     options = _settings(settings)
@@ -334,7 +334,7 @@ def profile(
         "task.path": str(data) if data else None,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None} | _settings(settings)
-    from ..compose import read_config
+    from ..config import read_config
     from .profile import profile_space
 
     profile_space(read_config(given), out, as_json)

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..compose import network_of, resolve_device
+from ..components import network_of
+from ..compose import resolve_device
 from ..errors import ConfigError
 from ..hardware.measure import Latency, ModuleCost, measure_module
 from ..networks import NETWORKS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..compose import SearchConfig
+from ..config import SearchConfig
 from ..costs import default_file, profile
 from ..errors import ConfigError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..compose import make
+from ..components import make
 from ..errors import RunError
 from ..report.front import front_of, front_table
 from ..runs import RunResult, saved_config

@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..compose import Parts, build, make, read_config, resolve_device
+from ..components import make
+from ..compose import Parts, build, resolve_device
+from ..config import read_config
 from ..errors import ConfigError, RunError, unknown_name
 from ..evaluators.train_child import TrainChild
 from ..ops import native

@@ -11,7 +11,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,17 +31,8 @@ SHORT = ["--base-epochs=3", "--set=latency_batch=8", "--set=method=lamp"]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_cost_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(cost_model, "_SIZES", ((64, (1, 8, 32)),))
-        cost_model._coefficients.cache_clear()
-        cost_model._coefficients(native.cpu().isa(), 1, "torch.float32")  # on disk for processes of their own
-        yield
-    cost_model._coefficients.cache_clear()
-    torch.set_num_threads(threads)
+def _quick_cost_model(quick_cost_model: None) -> None:
+    cost_model._coefficients(native.cpu().isa(), 1, "torch.float32")  # on disk for processes of their own
 
 
 @pytest.fixture

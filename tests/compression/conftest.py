@@ -1,16 +1,14 @@
-"""One small trained network for all, and a cost model that takes no ten seconds to fit."""
+"""One small trained network for all, and a cost model that is fitted quickly."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
 from rlnas_fast.compression.base_network import train_network
-from rlnas_fast.ops.masked_matmul import cost_model
 from rlnas_fast.tasks.digits import digits
 from rlnas_fast.tasks.task import Task
 
@@ -36,14 +34,6 @@ def model(_trained: nn.Module) -> nn.Module:
     return copy.deepcopy(_trained)
 
 
-@pytest.fixture(autouse=True, scope="package")
-def _quick_cost_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(cost_model, "_SIZES", ((64, (1, 8, 32)),))
-        cost_model._coefficients.cache_clear()
-        yield
-    cost_model._coefficients.cache_clear()
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True, scope="module")
+def _quick_cost_model(quick_cost_model: None) -> None:
+    """For every test of this folder."""

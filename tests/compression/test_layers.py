@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
-from rlnas_fast.compression.layers import INT8, KEEP, Layout, bits, digest, effective, kept, masked, prunable
+from rlnas_fast.compression.compressed import Compressed
+from rlnas_fast.compression.layers import (
+    INT8,
+    KEEP,
+    Layout,
+    Skipped,
+    bits,
+    digest,
+    effective,
+    kept,
+    masked,
+    prunable,
+)
 from rlnas_fast.errors import ConfigError, ShapeError
 
 
@@ -39,6 +53,36 @@ def test_what_is_left_alone_is_listed_with_its_reason() -> None:
     assert reasons["first"] == "shares its weight with 'second'"
     assert reasons["second"] == "shares its weight with 'first'"
     assert "BatchNorm1d" in reasons["norm"]
+
+
+class Scale(nn.Module):
+    """A type that is nobody's but the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8, 8))
+
+
+class Normalised(nn.Linear):
+    """Reads its weight in a way of its own."""
+
+
+@pytest.mark.parametrize("make", [Scale, lambda: Normalised(8, 8), lambda: nn.Conv1d(8, 8, 1)])
+def test_layers_of_unknown_type_are_left_alone_and_listed(make: Callable[[], nn.Module]) -> None:
+    unknown = make()
+    model = nn.Sequential(nn.Linear(8, 8), unknown, nn.Linear(8, 4))
+    found, before = prunable(model), unknown.weight.detach().clone()
+    reason = f"is a {type(unknown).__name__}, not nn.Linear or nn.Conv2d"
+    assert [layer.name for layer in found] == ["0", "2"]
+    assert found.skipped == (Skipped("1", reason),)
+    nothing = {name: torch.zeros_like(weight).bool() for name, weight in found.weights.items()}
+    compressed = Compressed.of(model, nothing).to_dense()
+    assert not compressed[0].weight.any()
+    assert torch.equal(compressed[1].weight, before)
+    with pytest.raises(ConfigError, match="a mask names '1', which is not a layer that can be compressed"):
+        Compressed.of(model, {"1": before > 0})
+    with pytest.raises(ConfigError, match=rf"no layer that can be compressed \(0: {reason}\)"):
+        prunable(nn.Sequential(unknown))
 
 
 def test_views_of_one_weight_are_shared_too() -> None:

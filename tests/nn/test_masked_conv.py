@@ -12,20 +12,9 @@ from torch import nn
 
 from rlnas_fast.errors import ConfigError, ShapeError
 from rlnas_fast.nn.masked_conv import MaskedConv2d
-from rlnas_fast.ops.masked_matmul import TileMask, cost_model
+from rlnas_fast.ops.masked_matmul import TileMask
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _cost_model_of_our_own(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(cost_model, "_SIZES", ((64, (1, 8, 32)),))
-        cost_model._coefficients.cache_clear()
-        yield
-    cost_model._coefficients.cache_clear()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_cost_model")
 
 
 @pytest.mark.parametrize("backend", ["auto", "unfold", "dense"])

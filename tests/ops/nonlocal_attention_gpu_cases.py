@@ -1,15 +1,8 @@
-"""What the GPU tests of non-local attention share: references, layouts, shapes, and compilation for a GPU."""
+"""What the GPU tests of non-local attention share: references, layouts, weights and gradients."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,53 +76,3 @@ def gradients(output: torch.Tensor, inputs: Iterable[torch.Tensor], grad: torch.
 def leaves(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> Tensors:
     """Copies that record gradients."""
     return tuple(tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in tensors)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What a kernel became for one GPU."""
-
-    registers: int
-    stack_bytes: int
-    wgmma: int
-    shared_bytes: int
-
-
-def compile_for_hopper(launch: Any, dtypes: Iterable[torch.dtype | None]) -> Compiled:
-    """Compiles a ``Launch`` for sm_90 with no GPU present; ``dtypes`` are those of its tensors.
-
-    Spilled registers live in the stack frame, so a stack of 0 bytes says that nothing spilled.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
-    kernel, sizes, constants = launch._kernel, launch._sizes, dict(launch._constants)
-    values = [*dtypes, *sizes]
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        value = values[index] if index < len(values) else None
-        if value is None or value == 1:
-            signature[name] = "constexpr"
-            constants.setdefault(name, value)
-            continue
-        pointer = isinstance(value, torch.dtype)
-        signature[name] = f"*{names[value]}" if pointer else "i32" if value < 2**31 else "i64"
-        if pointer or value % 16 == 0:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch._options)
-    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [os.fspath(disassembler), "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
-    if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {usage.stdout}{usage.stderr}")
-    return Compiled(
-        int(found[1]), int(found[2]), compiled.asm["ptx"].count("wgmma.mma_async"), compiled.metadata.shared
-    )

@@ -22,18 +22,7 @@ from rlnas_fast.ops.masked_matmul import cpu as kernels
 
 KINDS = ("full", "tiles", "bits", "none", "int8")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread_and_a_cost_model_of_our_own(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(cost_model, "_SIZES", ((64, (1, 8, 32)),))
-        cost_model._coefficients.cache_clear()
-        yield
-    cost_model._coefficients.cache_clear()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_cost_model")
 
 
 def make_mask(kind: str, rows: int, cols: int, tile: tuple[int, int], *, permuted: bool = False) -> TileMask:

@@ -9,11 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import masked_matmul_gpu_cases as cases
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import masked_matmul_gpu_cases as cases
 from triton_compile import assembler_report, compile_launch
 
 from rlnas_fast.ops.masked_matmul import TileMask, cuda, effective_weight, masked_matmul, triton_kernels
@@ -55,13 +53,14 @@ def test_product_compiles_for_sm90(tile: int, transposed: bool, kind: str, bits:
         *((4096, 4096), (tile, tile), transposed, 512, 4096, DTYPES[kind], precision),
         *((False, bits, int8, False, False, True), None),
     )
+    dtype, index = DTYPES[kind], torch.int32
     words, payload, scale = (
-        name if there else None for name, there in (("int32", bits), ("int8", int8), ("fp32", int8))
+        part if there else None for part, there in ((index, bits), (torch.int8, int8), (torch.float32, int8))
     )
     compiled = compile_launch(
-        launch, [kind, None, kind, words, payload, scale, "int32", "int32", None, None, kind, kind]
+        launch, [dtype, None, dtype, words, payload, scale, index, index, None, None, dtype, dtype]
     )
-    assert compiled.spill_bytes == 0
+    assert compiled.stack_bytes == 0
     assert compiled.shared_bytes <= 227 * 1024
     assert compiled.wgmma or tile < 64
 
@@ -72,8 +71,9 @@ def test_sampled_product_compiles_for_sm90(tile: int, kind: str) -> None:
     launch = triton_kernels._sampled_launch(
         (4096, 4096), (tile, tile), 512, (4096, 4096), DTYPES[kind], "tf32", (), None
     )
-    compiled = compile_launch(launch, [kind, kind, "uint8", "int32", "int32", "int32", None, None, kind])
-    assert compiled.spill_bytes == 0
+    dtype, index = DTYPES[kind], torch.int32
+    compiled = compile_launch(launch, [dtype, dtype, torch.uint8, index, index, index, None, None, dtype])
+    assert compiled.stack_bytes == 0
     assert compiled.wgmma or tile < 64
 
 

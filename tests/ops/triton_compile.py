@@ -2,56 +2,71 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "int8": "*i8", "int32": "*i32", "uint8": "*u8"}
+from rlnas_fast.ops.triton_launch import Launch
+
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
 
 
 class Compiled(NamedTuple):
-    registers: int
-    spill_bytes: int
+    """What a kernel became for an H100 or H200; spilled registers live in the stack."""
+
+    stack_bytes: int
     shared_bytes: int
     wgmma: bool
 
 
-def compile_launch(launch: Any, tensors: list[str | None]) -> Compiled:
-    """Compiles what a ``Launch`` would run, given the kinds of its tensors, for an H100 or H200."""
-    kernel, names = launch._kernel, launch._kernel.arg_names
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    values = [*tensors, *launch._sizes, *launch._constants.values()]
-    for index, (name, value) in enumerate(zip(names, values, strict=True)):
-        if isinstance(value, str) and value in POINTERS and index < len(tensors):
-            signature[name] = POINTERS[value]
+def compile_launch(launch: Launch, tensors: Sequence[torch.dtype | None]) -> Compiled:
+    """Compiles what ``launch`` would run on tensors of these dtypes."""
+    kernel, constants = launch._kernel, dict(launch._constants)
+    signature, attributes = dict.fromkeys(constants, "constexpr"), {}
+    arguments = [name for name in kernel.arg_names if name not in constants]
+    for index, (name, value) in enumerate(zip(arguments, [*tensors, *launch._sizes], strict=True)):
+        if value is None or value == 1:
+            signature[name], constants[name] = "constexpr", value
+            continue
+        pointer = isinstance(value, torch.dtype)
+        signature[name] = POINTERS[value] if pointer else "i32" if value < 2**31 else "i64"
+        if pointer or value % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif value is None or name in launch._constants or value == 1:
-            signature[name], constants[(index,)] = "constexpr", value
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = dict(launch._options)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptx = binary.asm["ptx"]
-    report = assembler_report(ptx)
-    registers = re.search(r"Used (\d+) registers", report)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert registers is not None
-    assert spills is not None, report
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(launch._options))
     return Compiled(
-        int(registers[1]), int(spills[1]) + int(spills[2]), binary.metadata.shared, "wgmma.mma_async" in ptx
+        stack_bytes(binary.asm["cubin"]), binary.metadata.shared, "wgmma.mma_async" in binary.asm["ptx"]
     )
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """The stack of a thread, as the disassembler that comes with Triton reads it."""
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [os.fspath(disassembler), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"STACK:(\d+)", usage.stdout + usage.stderr)
+    assert found is not None, usage.stdout + usage.stderr
+    return int(found[1])
 
 
 def assembler_report(ptx: str) -> str:
