@@ -69,9 +69,9 @@ void add_chunk(const LookedAt& x, const float* shift, int64_t ld, float* some, i
       chunk.sums[c] += total + sum(sums);
     }
     transpose(rows, kTile, C, count, transposed, ld);
-    for (int64_t n = 0; n < C; n += kPanel) {  // the upper triangle, panel by panel
+    for (int64_t n = 0; n < C; n += kWidth) {  // the upper triangle, vector by vector
       float* to = chunk.products + n;
-      gemm<Order::row_major>(std::min(C, n + kPanel), kPanel, count, {rows, kTile}, {transposed + n, ld},
+      gemm<Order::row_major>(std::min(C, n + kWidth), kWidth, count, {rows, kTile}, {transposed + n, ld},
                              {to, ld, to, ld});
     }
   }
@@ -126,7 +126,7 @@ void centre(const std::vector<double>& means, const std::vector<double>& sums, i
 }  // namespace
 
 ActivationStatistics activation_statistics(const LookedAt& x) {
-  const int64_t C = x.channels, ld = (C + kPanel - 1) / kPanel * kPanel, half = x.positions / 2;
+  const int64_t C = x.channels, ld = (C + kWidth - 1) / kWidth * kWidth, half = x.positions / 2;
   const int64_t parts = C <= kFewChannels ? 4 : 1, some_ld = (x.positions + x.thin - 1) / x.thin;
   float* some = scratch<kSome>(C * some_ld);
   float* space = scratch<kSums>(C + 2 * parts * C * (ld + 1));

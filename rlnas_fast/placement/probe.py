@@ -23,7 +23,7 @@ __all__ = ["ActivationProbe", "LayerStatistics", "layer_statistics"]
 BINS = 64
 REACH = 4.0  # deviations on either side of the mean that the histogram covers
 VALUES = 3 * 2**17
-ENTROPY_VALUES = 2**15  # are enough for an entropy
+ENTROPY_VALUES = 2**13  # are enough for an entropy
 
 
 class LayerStatistics(NamedTuple):

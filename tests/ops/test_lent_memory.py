@@ -1,0 +1,62 @@
+"""Memory that a forward keeps for its backward goes from each holder to the next, and to nobody before."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from nonlocal_attention_checks import BLOCKS, block_operands, check_block
+
+from rlnas_fast.ops.nonlocal_attention import cpu
+
+FLOATS = cpu.LENT_FROM + 5
+
+
+def test_memory_goes_from_one_holder_to_the_next() -> None:
+    first = cpu.lent(FLOATS)
+    assert first.shape == (FLOATS,)
+    assert first.dtype == torch.float32
+    assert first.data_ptr() % 64 == 0
+    address = first.data_ptr()
+    del first
+    assert cpu.lent(FLOATS).data_ptr() == address
+
+
+def test_memory_that_a_view_holds_is_lent_to_nobody_else() -> None:
+    whole = cpu.lent(FLOATS)
+    part = whole[3:9].fill_(7)
+    address = whole.data_ptr()
+    del whole
+    other = cpu.lent(FLOATS).fill_(0)
+    assert other.data_ptr() != address
+    assert part.tolist() == [7] * 6
+
+
+def test_threads_never_hold_the_same_memory() -> None:
+    failures: list[int] = []
+
+    def holder(mark: int) -> None:
+        for _ in range(20):
+            held = cpu.lent(FLOATS).fill_(mark)
+            if not bool((held == mark).all()):
+                failures.append(mark)
+
+    threads = [threading.Thread(target=holder, args=(mark,)) for mark in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["gaussian", "embedded_gaussian", "dot_product", "concatenation"])
+def test_block_in_lent_memory_that_holds_nan(kind: str, dtype: torch.dtype, monkeypatch) -> None:
+    lent = cpu.lent
+    monkeypatch.setattr(cpu, "LENT_FROM", 1)
+    monkeypatch.setattr(cpu, "lent", lambda count: lent(count).fill_(torch.nan))
+    torch.manual_seed(0)
+    for case in BLOCKS[:2]:
+        x, weights = block_operands(case, dtype)
+        check_block(x, weights, case[-1], kind)
