@@ -447,9 +447,9 @@ def test_cuda_source_spills_nothing(tmp_path: Path) -> None:
 
     run = subprocess.run(
         [
-            *("nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"),
-            *("-Xcompiler=-fPIC", "-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"]),
-            *("-c", os.fspath(ROOT / "csrc/cuda/nonlocal_attention.cu"), "-o", os.fspath(tmp_path / "out.o")),
+            *("nvcc", "-std=c++17", "-O3", "-cubin", "-arch=sm_90a", "-Xptxas=-v"),
+            *("-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"]),
+            *(os.fspath(ROOT / "csrc/cuda/nonlocal_attention.cu"), "-o", os.fspath(tmp_path / "out.cubin")),
         ],
         capture_output=True,
         text=True,
