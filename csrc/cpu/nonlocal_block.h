@@ -209,6 +209,7 @@ struct Block {
   const BlockWeights& given;
   int64_t C, D, E, Q, K, L, W, N, M, pooled[3];
   bool has_bias;
+  std::vector<int64_t> offsets;  // of the elements of a window from its first: divisions for each took longer
   Buffer projection, bias, out, out_bias;
 
   Block(const BlockShape& s, const BlockWeights& w)
@@ -229,6 +230,9 @@ struct Block {
       N *= s.space[i];
       M *= pooled[i];
     }
+    for (int64_t t = 0; t < s.pool[0]; t++)
+      for (int64_t h = 0; h < s.pool[1]; h++)
+        for (int64_t i = 0; i < s.pool[2]; i++) offsets.push_back((t * s.space[1] + h) * s.space[2] + i);
     projection = Buffer(W * C);
     bias = Buffer(W);
     out = Buffer(C * E);
@@ -258,12 +262,11 @@ struct Block {
   bool pools() const { return M != N; }
 
   // Position of element `place` of the window of pooled key m.
-  int64_t position(int64_t m, int64_t place) const {
+  int64_t position(int64_t m, int64_t place) const { return corner(m) + offsets[place]; }
+  int64_t corner(int64_t m) const {
     const auto &p = shape.pool, &s = shape.space;
-    const int64_t w = m % pooled[2] * p[2] + place % p[2];
-    const int64_t h = m / pooled[2] % pooled[1] * p[1] + place / p[2] % p[1];
-    const int64_t t = m / pooled[2] / pooled[1] * p[0] + place / p[2] / p[1];
-    return (t * s[1] + h) * s[2] + w;
+    const int64_t w = m % pooled[2] * p[2], h = m / pooled[2] % pooled[1] * p[1];
+    return (m / pooled[2] / pooled[1] * p[0] * s[1] + h) * s[2] + w;
   }
   int64_t window() const { return shape.pool[0] * shape.pool[1] * shape.pool[2]; }
 

@@ -37,7 +37,7 @@ def metaqnn(
     final_train_size: Annotated[int | None, typer.Option(help="Images for each generated network.")] = None,
     networks_at_random: Annotated[int | None, typer.Option(help="Random networks to compare with.")] = None,
     generate: Annotated[int, typer.Option(help="Networks generated after the search.")] = 50,
-    batch_size: Annotated[int, typer.Option(help="Networks between two updates.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Networks between two updates.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda:0, ... or auto.")] = "auto",
     workers: Annotated[int, typer.Option(help="Networks trained side by side.")] = 1,

@@ -114,7 +114,7 @@ class Study:
         seed: of everything.
         generate: networks generated after the search.
         batch_size: children asked for at a time; the agent learns after each batch.  Twice as many as workers
-            leave these little to wait for, as children take times of their own.
+            leave these little to wait for, as children take times of their own; but the agent learns later.
         space: options of chain-cnn.
         device, workers, threads: as in a search.
     """
@@ -125,7 +125,7 @@ class Study:
     schedule: Schedule
     seed: int = 0
     generate: int = GENERATED
-    batch_size: int = 4
+    batch_size: int = 2
     space: Mapping[str, Any] | None = None
     device: str = "auto"
     workers: int = 1

@@ -23,7 +23,7 @@ DIGITS: dict[str, Any] = {
 def tiny(strategy: str = "ppo", penalty: bool = False, **changes: Any) -> Study:
     return study(
         "mnist3", strategy=strategy, penalty=penalty, schedule="reduced", changes=DIGITS | changes,
-        generate=3, batch_size=2, space={"max_depth": 3}, device="cpu",
+        generate=3, space={"max_depth": 3}, device="cpu",
     )  # fmt: skip
 
 
