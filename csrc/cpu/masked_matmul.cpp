@@ -185,6 +185,12 @@ void register_masked_matmul(py::module_& module) {
       .def(py::init<const std::string&, const WeightArgs&, const RowsArgs&, Address, Address, Address>())
       .def("__call__", &PackedProduct::operator(), unlocked);
   m.def(
+      "mask_weight",
+      [](const WeightArgs& w, Address to, int threads) {
+        RLNAS_DISPATCH(mask_weight, weight(w), at<void>(to), threads);
+      },
+      unlocked);
+  m.def(
       "pack_int8",
       [](const WeightArgs& w, Address packed, Address corrections, int threads) {
         RLNAS_DISPATCH(pack_int8, weight(w), at<int8_t>(packed), at<int32_t>(corrections), threads);

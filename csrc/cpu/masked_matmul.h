@@ -96,6 +96,8 @@ RLNAS_DECLARE(void multiply_rows(const Matrix& x, int64_t out, const Rows& rows,
 RLNAS_DECLARE(void sample_rows(const Matrix& grad_y, const Matrix& x, const Weight& weight, const Rows& rows,
                                const int32_t* output_permutation, const int32_t* input_permutation,
                                void* grad_w, float* scratch, int threads))
+// The weight with its mask applied and int8 tiles dequantised, dense.
+RLNAS_DECLARE(void mask_weight(const Weight& weight, void* to, int threads))
 RLNAS_DECLARE(void pack_int8(const Weight& weight, int8_t* packed, int32_t* corrections, int threads))
 RLNAS_DECLARE(void multiply_int8(const Matrix& x, const Weight& weight, const int8_t* packed,
                                  const int32_t* corrections, const int32_t* input_permutation,

@@ -84,4 +84,39 @@ void count_bits(const uint8_t* state, const int32_t* bits, int64_t rows, int64_t
   stats[0] = keep, stats[1] = int8, stats[2] = weights, stats[3] = incomplete;
 }
 
+// Without a payload int8 tiles are keep tiles.
+template <class T>
+static void masked_row(const Weight& w, const Direction& d, int64_t n, T* to) {
+  const int64_t i = n / w.tile_rows, words = (w.in_features + 31) / 32, row = n * w.in_features;
+  const T* const from = static_cast<const T*>(w.data) + row;
+  std::memset(to, 0, static_cast<size_t>(w.in_features) * sizeof(T));
+  for (int64_t t = 0; t < d.count[2 * i] + d.count[2 * i + 1]; ++t) {
+    const int64_t j = d.tiles[i * d.tiles_in + t], k1 = std::min(w.in_features, (j + 1) * w.tile_cols);
+    const bool int8 = w.payload && t >= d.count[2 * i];
+    const float scale = int8 ? w.scale[i * d.tiles_in + j] : 1.0f;
+    for (int64_t k = j * w.tile_cols; k < k1; k += 32) {
+      const int steps = static_cast<int>(std::min<int64_t>(32, k1 - k));
+      const uint32_t bits = w.bits ? bits_at(w.bits + n * words, k, steps) : 0xffffffffu;
+      int c = 0;
+      if constexpr (std::is_same_v<T, float>)
+        for (; !int8 && c + kLanes <= steps; c += kLanes)
+          store(to + k + c,
+                select(load(from + k + c), bits >> c & static_cast<uint32_t>((1ull << kLanes) - 1)));
+      for (; c < steps; ++c)
+        if (bits >> c & 1)
+          to[k + c] = int8 ? from_float<T>(scale * static_cast<float>(w.payload[row + k + c])) : from[k + c];
+    }
+  }
+}
+
+void mask_weight(const Weight& weight, void* to, int threads) {
+  const Direction d = direction_of(weight, false);
+  with_type(weight.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t n = 0; n < d.out; ++n)
+      masked_row(weight, d, n, static_cast<T*>(to) + n * weight.in_features);
+  });
+}
+
 }  // namespace rlnas::RLNAS_ISA

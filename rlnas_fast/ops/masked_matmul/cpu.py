@@ -38,6 +38,7 @@ KEEP_ONLY, BOTH = 0, 2
 DIRECT_ROWS = 8  # the most rows of x that the kernel without packing takes
 _ONE_THREAD_PRODUCTS = 1 << 17  # some ten microseconds of work; the kernels for few rows take longer for each
 _ONE_THREAD_PRODUCTS_FEW = 1 << 14
+_ONE_THREAD_WEIGHTS = 1 << 15
 # A second core first fetches its rows of x from the core that wrote them. Where they share no cache that took
 # 67 ns a line, more than is saved in products this small with this few weights for a feature.
 _ONE_CORE_PRODUCTS, _ONE_CORE_WEIGHTS = 1 << 21, 32
@@ -87,13 +88,13 @@ def pack(weight: torch.Tensor, mask: TileTensors, kernel: str) -> Packed:
     frozen = mask.map(torch.Tensor.clone)
     nonzeros = int(mask.stats[2])
     if kernel == "dense":
-        dense = effective_weight(weight, mask)
+        dense = _masked(weight, mask)
         prepacked = dense.dtype == torch.float32 and dense.numel() and torch.backends.mkldnn.is_available()
         return Packed(kernel, mask.shape, frozen, dense, (dense.to_mkldnn(),) if prepacked else (), nonzeros)
     buffers: tuple[torch.Tensor, ...] = ()
     narrow = weight
     if kernel == "direct":
-        narrow = weight = effective_weight(weight, mask)
+        narrow = weight = _masked(weight, mask)
     else:
         narrow, frozen = _without_dead_columns(weight, frozen)
     if kernel == "tiles":
@@ -340,15 +341,24 @@ def _dense(
 
 def _dense_weight(weight: torch.Tensor, mask: TileTensors) -> torch.Tensor:
     _, int8, weights, _ = mask.stats.tolist()
-    if not int8 and weights == weight.numel():
-        return weight
-    return effective_weight(weight, mask)
+    return weight if not int8 and weights == weight.numel() else _masked(weight, mask)
 
 
 def _apply(weight: torch.Tensor, mask: TileTensors) -> torch.Tensor:
     if int(mask.stats[2]) == weight.numel():
         return weight
-    return effective_weight(weight, mask._replace(payload=None, scale=None))
+    return _masked(weight, mask._replace(payload=None, scale=None))
+
+
+def _masked(weight: torch.Tensor, mask: TileTensors) -> torch.Tensor:
+    """``effective_weight`` in one pass; weight [N, K], without gradients."""
+    if weight.dtype not in _DTYPES:
+        return effective_weight(weight, mask)
+    weight = weight.contiguous()
+    to = torch.empty_like(weight)
+    threads = torch.get_num_threads() if weight.numel() > _ONE_THREAD_WEIGHTS else 1
+    _kernels().mask_weight(_weight(weight, mask), to.data_ptr(), threads)
+    return to
 
 
 def _scattered(y: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
