@@ -1,6 +1,6 @@
 """CNN construction as a Markov decision process: validity, speed, Q-learning's table, and the study in short.
 
-    python benchmarks/bench_metaqnn.py --check                    # about an hour on 2 cores
+    python benchmarks/bench_metaqnn.py --check                    # 55 minutes on 2 cores
     python benchmarks/bench_metaqnn.py --check --max-minutes 8    # a slice: repeat until it ends with a table
 
 Children that were trained, and every search, are kept in ``--state`` (default: this user's cache), so a
