@@ -61,9 +61,8 @@ ONLINE: dict[str, dict[str, object]] = {
     "fashion-mnist": {"validation_fraction": 0.8, "train_size": 3000},
 }
 JUDGES = {"digits": 144, "fashion-mnist": 1024}  # validation images that reward decisions; the rest is judged
-EPOCHS = {"digits": 24, "fashion-mnist": 12}  # of 862 and 3,000 images
 ONLINE_SETTINGS: dict[str, object] = {
-    "recipe": {"batch_size": 64}, "block": {"subsample": 2}, "explore_until": 0.3
+    "epochs": 12, "recipe": {"batch_size": 64}, "block": {"subsample": 2}, "explore_until": 0.3
 }  # fmt: skip
 TABLES_CODE = [
     stage_regimes,
@@ -229,7 +228,7 @@ def placed(run: tuple[str, str, int]) -> np.ndarray:
     learns = agent == ONLINE_AGENT
     options = ONLINE_OPTIONS if learns else {}
     # What is always the same need not be decided and rewarded for each batch; the training is, bit for bit.
-    settings = ONLINE_SETTINGS | {"epochs": EPOCHS[data]} | ({} if learns else {"decide": "epoch"})
+    settings = ONLINE_SETTINGS | ({} if learns else {"decide": "epoch"})
 
     def compute() -> np.ndarray:
         torch.manual_seed(seed)
