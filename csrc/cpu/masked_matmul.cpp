@@ -9,8 +9,6 @@
 #include <string>
 #include <tuple>
 
-#include "cpu/scratch.h"
-
 namespace py = pybind11;
 
 namespace rlnas {
@@ -98,14 +96,13 @@ class PackedProduct {
   void operator()(Address x, int64_t batch, int64_t stride, Address y, Address bias, int threads) const {
     const Matrix in{at<const void>(x), weight_.dtype, batch, weight_.in_features, stride};
     const Output out{at<void>(y), weight_.dtype, output_permutation_, at<const void>(bias)};
-    float* const room = scratch<kRoom>(static_cast<size_t>((batch + 128) * (weight_.in_features + 32)));
     if (kernel_ == Kernel::rows)
-      RLNAS_DISPATCH(multiply_rows, in, weight_.out_features, rows_, input_permutation_, out, room, threads);
+      RLNAS_DISPATCH(multiply_rows, in, weight_.out_features, rows_, input_permutation_, out, threads);
     else if (kernel_ == Kernel::tiles)
-      RLNAS_DISPATCH(multiply_tiles, in, weight_, false, Kinds::both, packed_, input_permutation_, out, room,
+      RLNAS_DISPATCH(multiply_tiles, in, weight_, false, Kinds::both, packed_, input_permutation_, out,
                      threads);
     else
-      RLNAS_DISPATCH(multiply_direct, in, weight_, input_permutation_, out, room, threads);
+      RLNAS_DISPATCH(multiply_direct, in, weight_, input_permutation_, out, threads);
   }
 
  private:
@@ -135,27 +132,25 @@ void register_masked_matmul(py::module_& module) {
       unlocked);
   m.def(
       "multiply_tiles",
-      [](const MatrixArgs& x, const WeightArgs& w, bool transposed, int kinds, Address packed,
-         Address permutation, const OutputArgs& y, Address scratch, int threads) {
-        RLNAS_DISPATCH(multiply_tiles, matrix(x), weight(w), transposed, static_cast<Kinds>(kinds),
-                       at<const float>(packed), at<const int32_t>(permutation), output(y), at<float>(scratch),
-                       threads);
+      [](const MatrixArgs& x, const WeightArgs& w, bool transposed, int kinds, Address permutation,
+         const OutputArgs& y, int threads) {
+        RLNAS_DISPATCH(multiply_tiles, matrix(x), weight(w), transposed, static_cast<Kinds>(kinds), nullptr,
+                       at<const int32_t>(permutation), output(y), threads);
       },
       unlocked);
   m.def(
       "sample_tiles",
       [](const MatrixArgs& grad_y, const MatrixArgs& x, const WeightArgs& w, Address output_perm,
-         Address input_perm, Address grad_w, Address scratch, int threads) {
+         Address input_perm, Address grad_w, int threads) {
         RLNAS_DISPATCH(sample_tiles, matrix(grad_y), matrix(x), weight(w), at<const int32_t>(output_perm),
-                       at<const int32_t>(input_perm), at<void>(grad_w), at<float>(scratch), threads);
+                       at<const int32_t>(input_perm), at<void>(grad_w), threads);
       },
       unlocked);
   m.def(
       "multiply_direct",
-      [](const MatrixArgs& x, const WeightArgs& w, Address permutation, const OutputArgs& y, Address scratch,
-         int threads) {
+      [](const MatrixArgs& x, const WeightArgs& w, Address permutation, const OutputArgs& y, int threads) {
         RLNAS_DISPATCH(multiply_direct, matrix(x), weight(w), at<const int32_t>(permutation), output(y),
-                       at<float>(scratch), threads);
+                       threads);
       },
       unlocked);
   m.def(
@@ -165,20 +160,36 @@ void register_masked_matmul(py::module_& module) {
       },
       unlocked);
   m.def(
+      "transpose_rows",
+      [](const RowsArgs& r, std::array<int64_t, 2> shape, const RowsArgs& to, int threads) {
+        RLNAS_DISPATCH(transpose_rows, rows(r), shape[0], shape[1], rows(to), threads);
+      },
+      unlocked);
+  m.def(
       "multiply_rows",
       [](const MatrixArgs& x, int64_t out, const RowsArgs& r, Address permutation, const OutputArgs& y,
-         Address scratch, int threads) {
+         int threads) {
         RLNAS_DISPATCH(multiply_rows, matrix(x), out, rows(r), at<const int32_t>(permutation), output(y),
-                       at<float>(scratch), threads);
+                       threads);
       },
       unlocked);
   m.def(
       "sample_rows",
       [](const MatrixArgs& grad_y, const MatrixArgs& x, const WeightArgs& w, const RowsArgs& r,
-         Address output_perm, Address input_perm, Address grad_w, Address scratch, int threads) {
+         Address output_perm, Address input_perm, Address grad_w, int threads) {
         RLNAS_DISPATCH(sample_rows, matrix(grad_y), matrix(x), weight(w), rows(r),
                        at<const int32_t>(output_perm), at<const int32_t>(input_perm), at<void>(grad_w),
-                       at<float>(scratch), threads);
+                       threads);
+      },
+      unlocked);
+  m.def(
+      "backward_rows",
+      [](const MatrixArgs& grad_y, const MatrixArgs& x, const WeightArgs& w, const RowsArgs& r,
+         const RowsArgs& transposed, Address output_perm, const OutputArgs& grad_x, Address grad_w,
+         int threads) {
+        const Output to = output(grad_x);
+        RLNAS_DISPATCH(backward_rows, matrix(grad_y), matrix(x), weight(w), rows(r), rows(transposed),
+                       at<const int32_t>(output_perm), to.permutation, to, at<void>(grad_w), threads);
       },
       unlocked);
   py::class_<PackedProduct>(m, "PackedProduct")

@@ -8,7 +8,7 @@
 
 namespace rlnas {
 
-enum Slot { kRoom, kPicked };  // of scratch.h
+enum Slot { kRoom, kRun, kRight, kValues, kPicked };  // of scratch.h
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 // Rows of x are `stride` elements apart, their elements adjacent.
@@ -83,19 +83,24 @@ RLNAS_DECLARE(void pack_tiles(const Weight& weight, bool transposed, Kinds kinds
 // `packed` null: tiles are packed on the way.
 RLNAS_DECLARE(void multiply_tiles(const Matrix& x, const Weight& weight, bool transposed, Kinds kinds,
                                   const float* packed, const int32_t* input_permutation, const Output& y,
-                                  float* scratch, int threads))
+                                  int threads))
 RLNAS_DECLARE(void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight,
                                 const int32_t* output_permutation, const int32_t* input_permutation,
-                                void* grad_w, float* scratch, int threads))
+                                void* grad_w, int threads))
 RLNAS_DECLARE(void multiply_direct(const Matrix& x, const Weight& weight, const int32_t* input_permutation,
-                                   const Output& y, float* scratch, int threads))
+                                   const Output& y, int threads))
 RLNAS_DECLARE(void pack_rows(const Weight& weight, bool transposed, const Rows& rows, int threads))
+RLNAS_DECLARE(void transpose_rows(const Rows& rows, int64_t out, int64_t in, const Rows& to, int threads))
 RLNAS_DECLARE(void multiply_rows(const Matrix& x, int64_t out, const Rows& rows,
-                                 const int32_t* input_permutation, const Output& y, float* scratch,
-                                 int threads))
+                                 const int32_t* input_permutation, const Output& y, int threads))
 RLNAS_DECLARE(void sample_rows(const Matrix& grad_y, const Matrix& x, const Weight& weight, const Rows& rows,
                                const int32_t* output_permutation, const int32_t* input_permutation,
-                               void* grad_w, float* scratch, int threads))
+                               void* grad_w, int threads))
+// multiply_rows of grad_y and sample_rows, both permutations as in the latter.
+RLNAS_DECLARE(void backward_rows(const Matrix& grad_y, const Matrix& x, const Weight& weight,
+                                 const Rows& rows, const Rows& transposed, const int32_t* output_permutation,
+                                 const int32_t* input_permutation, const Output& grad_x, void* grad_w,
+                                 int threads))
 // The weight with its mask applied and int8 tiles dequantised, dense.
 RLNAS_DECLARE(void mask_weight(const Weight& weight, void* to, int threads))
 RLNAS_DECLARE(void pack_int8(const Weight& weight, int8_t* packed, int32_t* corrections, int threads))

@@ -150,12 +150,28 @@ static void write_block(const float* sum, int64_t width, int64_t first, int rows
         const int32_t o = y.permutation[o0 + c];
         row[o] = from_float<T>(bias ? s[c] + to_float(bias[o]) : s[c]);
       }
-    } else if (bias) {
-      for (int64_t c = 0; c < columns; ++c) row[o0 + c] = from_float<T>(s[c] + to_float(bias[o0 + c]));
-    } else {
-      for (int64_t c = 0; c < columns; ++c) row[o0 + c] = from_float<T>(s[c]);
+      continue;
     }
+    int64_t c = 0;
+    if constexpr (std::is_same_v<T, float>)
+      for (; c + kLanes <= columns; c += kLanes)
+        store(row + o0 + c, bias ? load(s + c) + load(bias + o0 + c) : load(s + c));
+    for (; c < columns; ++c) row[o0 + c] = from_float<T>(bias ? s[c] + to_float(bias[o0 + c]) : s[c]);
   }
+}
+
+// Asks for lines that will be written once a product is there: each row is on a page of its own, so that the
+// stores would wait.
+template <class T>
+static inline void expect_lines(const T* at, int64_t stride, int rows, int64_t columns) {
+  for (int r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(at + r * stride + c, 1);
+}
+
+template <class T>
+static inline void expect_block(int64_t first, int rows, int64_t o0, int64_t columns, const Output& y,
+                                int64_t out) {
+  if (!y.permutation) expect_lines(static_cast<const T*>(y.data) + first * out + o0, out, rows, columns);
 }
 
 // Columns [k0, k0 + n), n <= 32, of a weight's row in float, with mask and int8 applied; the rest of `to` is

@@ -128,6 +128,37 @@ void pack_forward(const Weight& w, const Rows& rows, int threads) {
   }
 }
 
+// Makes counts of each part in each column, [parts][columns], the places where the parts begin, and fills
+// `start`; returns the sum.
+int32_t starts(std::vector<int32_t>& places, int64_t columns, int parts, int32_t* start) {
+  int32_t total = 0;
+  for (int64_t k = 0; k < columns; ++k) {
+    start[k] = total;
+    for (int part = 0; part < parts; ++part) {
+      int32_t& place = places[static_cast<size_t>(part * columns + k)];
+      const int32_t count = place;
+      place = total;
+      total += count;
+    }
+  }
+  return total;
+}
+
+// Appends row n to the columns that it meets.
+void scatter_row(const uint16_t* indices, const float* values, int32_t count, int64_t n, int32_t* place,
+                 const Rows& to) {
+  for (int32_t t = 0; t < count; ++t) {  // all ends of columns do not fit the first-level cache
+    const int32_t at = place[indices[t]];
+    __builtin_prefetch(to.indices + at, 1);
+    __builtin_prefetch(to.values + at, 1);
+  }
+  for (int32_t t = 0; t < count; ++t) {
+    const int32_t at = place[indices[t]]++;
+    to.indices[at] = static_cast<uint16_t>(n);
+    to.values[at] = values[t];
+  }
+}
+
 // Columns of the weight become rows.  The weight is read in its own order: each of `threads` parts of its
 // rows has a place in every column, found by counting first.
 template <class T>
@@ -145,35 +176,14 @@ void pack_transposed(const Weight& w, const Rows& rows, int threads) {
         });
     }
 #pragma omp single
-    {
-      int32_t total = 0;
-      for (int64_t k = 0; k < d.in; ++k) {
-        rows.start[k] = total;
-        for (int part = 0; part < threads; ++part) {
-          int32_t& place = places[static_cast<size_t>(part * d.in + k)];
-          const int32_t count = place;
-          place = total;
-          total += count;
-        }
-      }
-      rows.start[d.in] = total;
-    }
+    rows.start[d.in] = starts(places, d.in, threads, rows.start);
 #pragma omp for schedule(static)
     for (int part = 0; part < threads; ++part) {
       int32_t* place = places.data() + part * d.in;
       Gathered& row = gathered();
       for (int64_t n = d.out * part / threads; n < d.out * (part + 1) / threads; ++n) {
         const int32_t count = gather_row<T>(w, d, n, true, row);
-        for (int32_t t = 0; t < count; ++t) {  // all ends of columns do not fit the first-level cache
-          const int32_t at = place[row.indices[t]];
-          __builtin_prefetch(rows.indices + at, 1);
-          __builtin_prefetch(rows.values + at, 1);
-        }
-        for (int32_t t = 0; t < count; ++t) {
-          const int32_t at = place[row.indices[t]]++;
-          rows.indices[at] = static_cast<uint16_t>(n);
-          rows.values[at] = row.values[t];
-        }
+        scatter_row(row.indices, row.values, count, n, place, rows);
       }
     }
   }
@@ -184,6 +194,11 @@ int panel_vectors(int64_t in) {
   constexpr int64_t kCacheFloats = int64_t{1} << 17;  // half of a 1 MiB second-level cache
   const int64_t fit = kCacheFloats / std::max<int64_t>(1, in * kLanes);
   return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+}
+
+template <int V>
+size_t panel_floats(const Matrix& x) {
+  return static_cast<size_t>((x.rows + V * kLanes - 1) / (V * kLanes) * V * kLanes * x.cols);
 }
 
 // Whether panels go past the caches (see kSharedFloats): where vectors are whole lines.
@@ -257,8 +272,10 @@ template <int V, class T>
 void multiply_chunk(const Rows& rows, const float* panel, int64_t first, int64_t batch, int64_t n0,
                     int64_t n1, const Output& y, int64_t out) {
   alignas(64) float sum[kLanes * V * kLanes], back[kLanes];
+  const int examples = static_cast<int>(std::min<int64_t>(V * kLanes, batch - first));
   for (int64_t n = n0; n < n1; n += kLanes) {
     const int columns = static_cast<int>(std::min<int64_t>(kLanes, n1 - n));
+    expect_block<T>(first, examples, n, columns, y, out);
     for (int i = 0; i < columns; ++i) multiply_row<V>(rows, n + i, panel, sum + i * V * kLanes);
     for (int v = 0; v < V; ++v) {
       Vector r[kLanes];
@@ -313,19 +330,20 @@ inline Vector products(const float* values, const float* picked, int64_t count) 
 // (98 % of 512 x 512: 2.5 us; gathering within each row 4.8, row by row without vectors 3.2).
 template <class T>
 void multiply_few(const Matrix& x, int64_t out, const Rows& rows, const int32_t* permutation, const Output& y,
-                  float* scratch, int threads) {
+                  int threads) {
   const T* data = static_cast<const T*>(x.data);
   const bool in_place = std::is_same_v<T, float> && !permutation;
+  float* const room = in_place ? nullptr : scratch<kRoom>(static_cast<size_t>(x.rows * x.cols));
   for (int64_t b = 0; b < x.rows && !in_place; ++b)
     for (int64_t k = 0; k < x.cols; ++k)
-      scratch[b * x.cols + k] = to_float(data[b * x.stride + (permutation ? permutation[k] : k)]);
-  const float* const examples = in_place ? static_cast<const float*>(x.data) : scratch;
+      room[b * x.cols + k] = to_float(data[b * x.stride + (permutation ? permutation[k] : k)]);
+  const float* const examples = in_place ? static_cast<const float*>(x.data) : room;
   const int64_t stride = in_place ? x.stride : x.cols;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t n = 0; n < out; n += kLanes) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes, out - n));
     const int32_t first = rows.start[n], last = rows.start[n + count];
-    float* const picked = rlnas::scratch<kPicked>(static_cast<size_t>(last - first));
+    float* const picked = scratch<kPicked>(static_cast<size_t>(last - first));
     for (int64_t b = 0; b < x.rows; ++b) {
       const float* const example = examples + b * stride;
 #pragma GCC unroll 8
@@ -342,29 +360,45 @@ void multiply_few(const Matrix& x, int64_t out, const Rows& rows, const int32_t*
   }
 }
 
+// All panels of x, by all threads of the region, which must wait for each other before they read them.
+template <int V, class T>
+void transpose_all(const Matrix& x, const int32_t* permutation, bool past, float* panels) {
+  constexpr int64_t kStep = 128, wide = V * kLanes;
+  const int64_t count = (x.rows + wide - 1) / wide, slices = (x.cols + kStep - 1) / kStep;
+#pragma omp for schedule(static) collapse(2) nowait
+  for (int64_t p = 0; p < count; ++p)
+    for (int64_t s = 0; s < slices; ++s)
+      transpose_panel<T>(x, p * wide, V, s * kStep, std::min(x.cols, (s + 1) * kStep), permutation, past,
+                         panels + p * wide * x.cols);
+  drain();
+}
+
+// y of transposed panels of `batch` examples with `in` features, shared out among the threads of the region.
+template <int V, class T>
+void multiply_all(const float* panels, int64_t batch, int64_t in, const Rows& rows, const Output& y,
+                  int64_t out, int threads) {
+  constexpr int64_t wide = V * kLanes;
+  const int64_t count = (batch + wide - 1) / wide;
+  const int64_t chunk =
+      std::max<int64_t>(kLanes, (out * count / (16 * threads) + kLanes - 1) / kLanes * kLanes);
+  const int64_t chunks = (out + chunk - 1) / chunk;
+#pragma omp for schedule(dynamic, 1) collapse(2) nowait
+  for (int64_t p = 0; p < count; ++p)
+    for (int64_t c = 0; c < chunks; ++c)
+      multiply_chunk<V, T>(rows, panels + p * wide * in, p * wide, batch, c * chunk,
+                           std::min(out, (c + 1) * chunk), y, out);
+}
+
 template <int V, class T>
 void multiply_panels(const Matrix& x, int64_t out, const Rows& rows, const int32_t* permutation,
-                     const Output& y, float* scratch, int threads) {
-  constexpr int64_t kStep = 128;
-  const int64_t wide = V * kLanes, panels = (x.rows + wide - 1) / wide, slices = (x.cols + kStep - 1) / kStep;
-  const int64_t chunk =
-      std::max<int64_t>(kLanes, (out * panels / (16 * threads) + kLanes - 1) / kLanes * kLanes);
-  const int64_t chunks = (out + chunk - 1) / chunk;
-  const bool past = written_past(x.rows * x.cols, scratch, threads);
+                     const Output& y, int threads) {
+  float* const panels = scratch<kRoom>(panel_floats<V>(x));
+  const bool past = written_past(x.rows * x.cols, panels, threads);
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static) collapse(2) nowait
-    for (int64_t p = 0; p < panels; ++p)
-      for (int64_t s = 0; s < slices; ++s)
-        transpose_panel<T>(x, p * wide, V, s * kStep, std::min(x.cols, (s + 1) * kStep), permutation, past,
-                           scratch + p * wide * x.cols);
-    drain();
+    transpose_all<V, T>(x, permutation, past, panels);
 #pragma omp barrier
-#pragma omp for schedule(dynamic, 1) collapse(2) nowait
-    for (int64_t p = 0; p < panels; ++p)
-      for (int64_t c = 0; c < chunks; ++c)
-        multiply_chunk<V, T>(rows, scratch + p * wide * x.cols, p * wide, x.rows, c * chunk,
-                             std::min(out, (c + 1) * chunk), y, out);
+    multiply_all<V, T>(panels, x.rows, x.cols, rows, y, out, threads);
   }
 }
 
@@ -399,65 +433,97 @@ inline Vector sample_rest(const Vector* left, const float* panel, const uint16_t
   }
 }
 
+// The parts of a panel of x that fit the second-level cache; rows that have int8 tiles are not sorted, and
+// cannot be cut into parts.
+template <int V>
+int64_t sample_parts(const Weight& weight) {
+  constexpr int64_t kCacheFloats = int64_t{1} << 17;
+  const Direction d = direction_of(weight, false);
+  for (int64_t i = 0; i < d.tiles_out; ++i)
+    if (d.count[2 * i + 1]) return 1;
+  return std::max<int64_t>(1, (d.in * V * kLanes + kCacheFloats - 1) / kCacheFloats);
+}
+
+// gW of transposed panels of grad_y (left) and x (right), shared out among the threads of the region;
+// `values` has room for one number for each nonzero.
 template <int V, class T>
-void sample_panels(const Matrix& grad_y, const Matrix& x, const Rows& rows, const int32_t* output_permutation,
-                   const int32_t* input_permutation, T* grad_w, float* scratch, int64_t parts, int threads) {
-  constexpr int64_t kStep = 128;
-  const int64_t wide = V * kLanes, panels = (x.rows + wide - 1) / wide;
-  const int64_t out = grad_y.cols, in = x.cols;
-  float* const right = scratch;                      // panels of x
-  float* const left = right + panels * wide * in;    // panels of grad_y
-  float* const values = left + panels * wide * out;  // one for each nonzero
-  const int64_t in_slices = (in + kStep - 1) / kStep, out_slices = (out + kStep - 1) / kStep;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static) collapse(2) nowait
-    for (int64_t p = 0; p < panels; ++p)
-      for (int64_t s = 0; s < in_slices; ++s)
-        transpose_panel<T>(x, p * wide, V, s * kStep, std::min(in, (s + 1) * kStep), input_permutation, false,
-                           right + p * wide * in);
-#pragma omp for schedule(static) collapse(2)
-    for (int64_t p = 0; p < panels; ++p)
-      for (int64_t s = 0; s < out_slices; ++s)
-        transpose_panel<T>(grad_y, p * wide, V, s * kStep, std::min(out, (s + 1) * kStep), output_permutation,
-                           false, left + p * wide * out);
-    // One part of a panel of x at a time stays in the second-level cache.  A row of the weight is always the
-    // same thread's, so threads need not wait for each other.
-    for (int64_t p = 0; p < panels; ++p)
-      for (int64_t part = 0; part < parts; ++part) {
+void sample_all(const float* left, const float* right, int64_t batch, int64_t out, int64_t in,
+                const Rows& rows, int64_t parts, float* values, T* grad_w) {
+  constexpr int64_t wide = V * kLanes;
+  const int64_t panels = (batch + wide - 1) / wide;
+  // One part of a panel of x at a time stays in the second-level cache.  A row of the weight is always the
+  // same thread's, so threads need not wait for each other.
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t part = 0; part < parts; ++part) {
 #pragma omp for schedule(static) nowait
-        for (int64_t n = 0; n < out; ++n) {
-          Vector g[V];
-          for (int v = 0; v < V; ++v) g[v] = load(left + (p * out + n) * wide + v * kLanes);
-          const uint16_t* const first = rows.indices + rows.start[n];
-          const uint16_t* const last = rows.indices + rows.start[n + 1];
-          const auto border = [&](int64_t of) {
-            return of == parts ? last : std::lower_bound(first, last, static_cast<uint16_t>(in * of / parts));
-          };
-          const int32_t end = static_cast<int32_t>(border(part + 1) - rows.indices);
-          for (int32_t t = static_cast<int32_t>((part ? border(part) : first) - rows.indices); t < end;
-               t += kLanes) {
-            const int count = std::min(kLanes, end - t);
-            const float* const panel = right + p * in * wide;
-            if (count == kLanes) {
-              Vector dots = sample_lanes<V, kLanes>(g, panel, rows.indices + t, kLanes - 1);
-              if (p) dots += load(values + t);
-              store(values + t, dots);
-            } else {
-              const Vector dots = sample_rest<V>(g, panel, rows.indices + t, count - 1);
-              for (int j = 0; j < count; ++j) values[t + j] = (p ? values[t + j] : 0.0f) + dots[j];
-            }
+      for (int64_t n = 0; n < out; ++n) {
+        Vector g[V];
+        for (int v = 0; v < V; ++v) g[v] = load(left + (p * out + n) * wide + v * kLanes);
+        const uint16_t* const first = rows.indices + rows.start[n];
+        const uint16_t* const last = rows.indices + rows.start[n + 1];
+        const auto border = [&](int64_t of) {
+          return of == parts ? last : std::lower_bound(first, last, static_cast<uint16_t>(in * of / parts));
+        };
+        const int32_t end = static_cast<int32_t>(border(part + 1) - rows.indices);
+        for (int32_t t = static_cast<int32_t>((part ? border(part) : first) - rows.indices); t < end;
+             t += kLanes) {
+          const int count = std::min(kLanes, end - t);
+          const float* const panel = right + p * in * wide;
+          if (count == kLanes) {
+            Vector dots = sample_lanes<V, kLanes>(g, panel, rows.indices + t, kLanes - 1);
+            if (p) dots += load(values + t);
+            store(values + t, dots);
+          } else {
+            const Vector dots = sample_rest<V>(g, panel, rows.indices + t, count - 1);
+            for (int j = 0; j < count; ++j) values[t + j] = (p ? values[t + j] : 0.0f) + dots[j];
           }
         }
       }
-#pragma omp for schedule(static) nowait
-    for (int64_t n = 0; n < out; ++n) {
-      T* row = grad_w + n * in;
-      std::memset(row, 0, static_cast<size_t>(in) * sizeof(T));
-      if (panels)
-        for (int32_t t = rows.start[n]; t < rows.start[n + 1]; ++t)
-          row[rows.indices[t]] = from_float<T>(values[t]);
     }
+#pragma omp for schedule(static) nowait
+  for (int64_t n = 0; n < out; ++n) {
+    T* row = grad_w + n * in;
+    std::memset(row, 0, static_cast<size_t>(in) * sizeof(T));
+    if (panels)
+      for (int32_t t = rows.start[n]; t < rows.start[n + 1]; ++t)
+        row[rows.indices[t]] = from_float<T>(values[t]);
+  }
+}
+
+template <int V, class T>
+void sample_panels(const Matrix& grad_y, const Matrix& x, const Weight& weight, const Rows& rows,
+                   const int32_t* output_permutation, const int32_t* input_permutation, T* grad_w,
+                   int threads) {
+  const int64_t parts = sample_parts<V>(weight);
+  float* const left = scratch<kRoom>(panel_floats<V>(grad_y));
+  float* const right = scratch<kRight>(panel_floats<V>(x));
+  float* const values = scratch<kValues>(static_cast<size_t>(rows.start[grad_y.cols]));
+#pragma omp parallel num_threads(threads)
+  {
+    transpose_all<V, T>(grad_y, output_permutation, false, left);
+    transpose_all<V, T>(x, input_permutation, false, right);
+#pragma omp barrier
+    sample_all<V>(left, right, x.rows, grad_y.cols, x.cols, rows, parts, values, grad_w);
+  }
+}
+
+// Both gradients from one transposed grad_y.
+template <int V, class T>
+void backward_panels(const Matrix& grad_y, const Matrix& x, const Weight& weight, const Rows& rows,
+                     const Rows& transposed, const int32_t* output_permutation,
+                     const int32_t* input_permutation, const Output& grad_x, T* grad_w, int threads) {
+  const int64_t parts = sample_parts<V>(weight);
+  float* const left = scratch<kRoom>(panel_floats<V>(grad_y));
+  float* const right = scratch<kRight>(panel_floats<V>(x));
+  float* const values = scratch<kValues>(static_cast<size_t>(rows.start[grad_y.cols]));
+  const bool past = written_past(grad_y.rows * grad_y.cols, left, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    transpose_all<V, T>(grad_y, output_permutation, past, left);
+    transpose_all<V, T>(x, input_permutation, false, right);
+#pragma omp barrier
+    multiply_all<V, T>(left, x.rows, grad_y.cols, transposed, grad_x, x.cols, threads);
+    sample_all<V>(left, right, x.rows, grad_y.cols, x.cols, rows, parts, values, grad_w);
   }
 }
 
@@ -470,47 +536,76 @@ void pack_rows(const Weight& weight, bool transposed, const Rows& rows, int thre
   });
 }
 
+// The weight's columns as rows, from its rows.
+void transpose_rows(const Rows& rows, int64_t out, int64_t in, const Rows& to, int threads) {
+  std::vector<int32_t> places(static_cast<size_t>(threads * in));
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int part = 0; part < threads; ++part) {
+      int32_t* const place = places.data() + part * in;
+      const int32_t end = rows.start[out * (part + 1) / threads];
+      for (int32_t t = rows.start[out * part / threads]; t < end; ++t) ++place[rows.indices[t]];
+    }
+#pragma omp single
+    to.start[in] = starts(places, in, threads, to.start);
+#pragma omp for schedule(static)
+    for (int part = 0; part < threads; ++part) {
+      int32_t* const place = places.data() + part * in;
+      for (int64_t n = out * part / threads; n < out * (part + 1) / threads; ++n)
+        scatter_row(rows.indices + rows.start[n], rows.values + rows.start[n],
+                    rows.start[n + 1] - rows.start[n], n, place, to);
+    }
+  }
+}
+
 void multiply_rows(const Matrix& x, int64_t out, const Rows& rows, const int32_t* input_permutation,
-                   const Output& y, float* scratch, int threads) {
+                   const Output& y, int threads) {
   with_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (x.rows < kLanes && x.rows <= 8)
-      return multiply_few<T>(x, out, rows, input_permutation, y, scratch, threads);
+    if (x.rows < kLanes && x.rows <= 8) return multiply_few<T>(x, out, rows, input_permutation, y, threads);
     switch (x.rows <= kLanes       ? 1
             : x.rows <= 2 * kLanes ? std::min(2, panel_vectors(x.cols))
                                    : panel_vectors(x.cols)) {
-      case 4: return multiply_panels<4, T>(x, out, rows, input_permutation, y, scratch, threads);
-      case 2: return multiply_panels<2, T>(x, out, rows, input_permutation, y, scratch, threads);
-      default: return multiply_panels<1, T>(x, out, rows, input_permutation, y, scratch, threads);
+      case 4: return multiply_panels<4, T>(x, out, rows, input_permutation, y, threads);
+      case 2: return multiply_panels<2, T>(x, out, rows, input_permutation, y, threads);
+      default: return multiply_panels<1, T>(x, out, rows, input_permutation, y, threads);
     }
   });
 }
 
 void sample_rows(const Matrix& grad_y, const Matrix& x, const Weight& weight, const Rows& rows,
                  const int32_t* output_permutation, const int32_t* input_permutation, void* grad_w,
-                 float* scratch, int threads) {
+                 int threads) {
   with_type(weight.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    T* gw = static_cast<T*>(grad_w);
-    const Direction d = direction_of(weight, false);
-    bool sorted = true;  // int8 tiles come after keep tiles, so rows that have both are not
-    for (int64_t i = 0; i < d.tiles_out; ++i) sorted = sorted && !d.count[2 * i + 1];
-    constexpr int64_t kCacheFloats = int64_t{1} << 17;
-    const auto parts = [&](int vectors) {
-      return sorted ? std::max<int64_t>(1, (x.cols * vectors * kLanes + kCacheFloats - 1) / kCacheFloats) : 1;
+    const auto sample = [&](auto vectors) {
+      sample_panels<vectors, T>(grad_y, x, weight, rows, output_permutation, input_permutation,
+                                static_cast<T*>(grad_w), threads);
     };
     // With 16 lanes, panels twice as wide halve the sums over lanes, yet fit the cache in parts alone:
     // slower.
     if (kLanes < 16 && x.rows > 4 * kLanes)
-      sample_panels<8, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, parts(8),
-                          threads);
+      sample(std::integral_constant<int, 8>{});
     else if (x.rows > 2 * kLanes)
-      sample_panels<4, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, parts(4),
-                          threads);
+      sample(std::integral_constant<int, 4>{});
     else
-      sample_panels<2, T>(grad_y, x, rows, output_permutation, input_permutation, gw, scratch, parts(2),
-                          threads);
+      sample(std::integral_constant<int, 2>{});
   });
+}
+
+void backward_rows(const Matrix& grad_y, const Matrix& x, const Weight& weight, const Rows& rows,
+                   const Rows& transposed, const int32_t* output_permutation,
+                   const int32_t* input_permutation, const Output& grad_x, void* grad_w, int threads) {
+  // Both products then want panels of the same width.
+  if (kLanes >= 16 && x.rows > 2 * kLanes && panel_vectors(grad_y.cols) == 4)
+    return with_type(x.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      backward_panels<4, T>(grad_y, x, weight, rows, transposed, output_permutation, input_permutation,
+                            grad_x, static_cast<T*>(grad_w), threads);
+    });
+  multiply_rows(grad_y, x.cols, transposed, output_permutation, grad_x, threads);
+  sample_rows(grad_y, x, weight, rows, output_permutation, input_permutation, grad_w, threads);
 }
 
 }  // namespace rlnas::RLNAS_ISA

@@ -63,6 +63,19 @@ static inline void copy_past(float* to, const float* from, int64_t count) {
   std::memcpy(to + k, from + k, static_cast<size_t>(count - k) * sizeof(float));
 }
 
+// `count` zeros past the caches (kernels end with `drain`).
+template <class T>
+static inline void zero_past(T* to, int64_t count) {
+  char* at = reinterpret_cast<char*>(to);
+  char* const end = reinterpret_cast<char*>(to + count);
+  const auto border = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(at) % sizeof(Vector));
+  const int64_t head = std::min<int64_t>(border, end - at);
+  std::memset(at, 0, static_cast<size_t>(head));
+  for (at += head; end - at >= static_cast<int64_t>(sizeof(Vector)); at += sizeof(Vector))
+    store_past(reinterpret_cast<float*>(at), Vector{});
+  std::memset(at, 0, static_cast<size_t>(end - at));
+}
+
 static inline float to_float(float v) { return v; }
 static inline float to_float(Bf16 v) {
   const uint32_t word = static_cast<uint32_t>(v.bits) << 16;

@@ -1,9 +1,7 @@
 // Products over lists of tiles: forward, gradient to x, and the sampled product of the gradient to the
 // weight.
-#include <cstdlib>
-#include <new>
-
 #include "cpu/masked_matmul_kernel.h"
+#include "cpu/scratch.h"
 
 namespace rlnas::RLNAS_ISA {
 namespace {
@@ -130,24 +128,26 @@ void pack_slice(const T* x, int64_t stride, int64_t first, int rows, int64_t k0,
   copy_past(place, stage, (k1 - k0) * rows);
 }
 
-// Room that a thread keeps: a run of packed tile rows, small enough for the second-level cache.
-float* run_buffer(int64_t floats) {
-  struct Buffer {
-    float* data = nullptr;
-    int64_t size = 0;
-    ~Buffer() { std::free(data); }
-  };
-  static thread_local Buffer buffer;
-  if (buffer.size < floats) {
-    std::free(buffer.data);
-    buffer.size = 0;
-    const size_t lines = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64;
-    buffer.data =
-        static_cast<float*>(std::aligned_alloc(64, lines * 64));  // else every load may cross a border
-    if (!buffer.data) throw std::bad_alloc();
-    buffer.size = floats;
+// Tile rows [i0, i1) of the weight, packed at `tiles`, against panels [p0, p1) of x, packed at `a`.
+template <class T>
+void multiply_range(const Direction& d, const Offsets& offsets, int64_t i0, int64_t i1, const float* tiles,
+                    const Panels& panels, int64_t p0, int64_t p1, const float* a, const Output& y) {
+  alignas(64) float sum[kPanel * kBlock];
+  const int64_t width = block_width(d.tile_out), blocks = blocks_in_tile(d.tile_out);
+  for (int64_t i = i0; i < i1; ++i) {
+    const Chain chain{offsets.list(i), offsets.live(i), d.tile_in, d.in};
+    for (int64_t b = 0; b < blocks; ++b, tiles += chain.count * width * d.tile_in) {
+      const int64_t o0 = i * d.tile_out + b * width;
+      const int64_t columns = std::min({width, (i + 1) * d.tile_out - o0, d.out - o0});
+      if (columns <= 0) continue;
+      for (int64_t p = p0; p < p1; ++p) {
+        const int64_t first = panels.first(p);
+        expect_block<T>(first, panels.size(p), o0, columns, y, d.out);
+        multiply_block(panels.size(p), a + (first - panels.first(p0)) * d.in, tiles, width, chain, sum);
+        write_block<T>(sum, width, first, panels.size(p), o0, columns, y, d.out);
+      }
+    }
   }
-  return buffer.data;
 }
 
 }  // namespace
@@ -162,23 +162,62 @@ void pack_tiles(const Weight& weight, bool transposed, Kinds kinds, float* packe
     pack(weight, transposed, kinds, i, packed + offsets.before(i) * tile_floats);
 }
 
-// A task packs a run of tile rows into its second-level cache, then all panels of x pass over it.
+// Many examples: all threads pack the weight, then a task packs a group of panels of x into its second-level
+// cache and passes over the whole weight.  Few: all pack x, then a task packs a run of tile rows and all
+// panels pass over it.
 void multiply_tiles(const Matrix& x, const Weight& weight, bool transposed, Kinds kinds, const float* packed,
-                    const int32_t* input_permutation, const Output& y, float* scratch, int threads) {
-  constexpr int64_t kRunFloats = int64_t{1} << 17;
+                    const int32_t* input_permutation, const Output& y, int threads) {
+  constexpr int64_t kRunFloats = int64_t{1} << 17, kGroupFloats = int64_t{3} << 16;
   const Direction d = direction_of(weight, transposed);
   const Panels panels(x.rows, kPanel);
   const Offsets offsets(d, kinds);
-  const int64_t width = block_width(d.tile_out), blocks = blocks_in_tile(d.tile_out);
-  const int64_t tile_floats = blocks * width * d.tile_in;
-  const int64_t row_floats =
-      offsets.before(d.tiles_out) * tile_floats / std::max<int64_t>(1, d.tiles_out) + 1;
+  const int64_t tile_floats = blocks_in_tile(d.tile_out) * block_width(d.tile_out) * d.tile_in;
+  const int64_t weight_floats = offsets.before(d.tiles_out) * tile_floats;
+  const PackRow pack = row_packer(weight.dtype);
+  if (panels.count >= 4 * threads) {
+    const int64_t fit = std::max<int64_t>(1, kGroupFloats / (d.in * kPanel + 1));
+    const int64_t rounds = (panels.count + fit * threads - 1) / (fit * threads);
+    const Panels groups(panels.count, (panels.count + rounds * threads - 1) / (rounds * threads));
+    const bool past = threads > 1 && weight_floats > kSharedFloats;
+    float* const shared = packed ? nullptr : scratch<kRoom>(static_cast<size_t>(weight_floats + kLanes));
+    const float* const tiles = packed ? packed : shared;
+    with_type(x.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+#pragma omp parallel num_threads(threads)
+      {
+        if (!packed) {
+#pragma omp for schedule(static) nowait
+          for (int64_t i = 0; i < d.tiles_out; ++i) {
+            const int64_t floats = offsets.live(i) * tile_floats;
+            float* const place = shared + offsets.before(i) * tile_floats;
+            float* const to = past ? scratch<kRun>(static_cast<size_t>(floats + kLanes)) : place;
+            pack(weight, transposed, kinds, i, to);
+            if (past) copy_past(place, to, floats);
+          }
+          drain();
+#pragma omp barrier
+        }
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t g = 0; g < groups.count; ++g) {
+          const int64_t p0 = groups.first(g), p1 = p0 + groups.size(g), first = panels.first(p0);
+          const int64_t examples = panels.first(p1) - first;
+          float* const a = scratch<kRun>(static_cast<size_t>(examples * d.in + kLanes));
+          for (int64_t p = p0; p < p1; ++p)
+            pack_panel(static_cast<const T*>(x.data), x.stride, panels.first(p), panels.size(p), 0, d.in,
+                       input_permutation, a + (panels.first(p) - first) * d.in);
+          multiply_range<T>(d, offsets, 0, d.tiles_out, tiles, panels, p0, p1, a, y);
+        }
+      }
+    });
+    return;
+  }
+  const int64_t row_floats = weight_floats / std::max<int64_t>(1, d.tiles_out) + 1;
   const int64_t rows_in_run =
       std::clamp<int64_t>(kRunFloats / row_floats, 1, std::max<int64_t>(1, d.tiles_out / (8 * threads)));
   const int64_t runs = (d.tiles_out + rows_in_run - 1) / rows_in_run;
   const int64_t slices = (d.in + kStep - 1) / kStep;
   const bool past = threads > 1 && x.rows * d.in > kSharedFloats;
-  const PackRow pack = row_packer(weight.dtype);
+  float* const a = scratch<kRoom>(static_cast<size_t>(x.rows * d.in + kLanes));
   with_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
 #pragma omp parallel num_threads(threads)
@@ -187,35 +226,22 @@ void multiply_tiles(const Matrix& x, const Weight& weight, bool transposed, Kind
       for (int64_t p = 0; p < panels.count; ++p)
         for (int64_t s = 0; s < slices; ++s)
           pack_slice(static_cast<const T*>(x.data), x.stride, panels.first(p), panels.size(p), s * kStep,
-                     std::min(d.in, (s + 1) * kStep), input_permutation, past,
-                     scratch + panels.first(p) * d.in);
+                     std::min(d.in, (s + 1) * kStep), input_permutation, past, a + panels.first(p) * d.in);
       drain();
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t run = 0; run < runs; ++run) {
-        alignas(64) float sum[kPanel * kBlock];
         const int64_t i0 = run * rows_in_run, i1 = std::min(d.tiles_out, i0 + rows_in_run);
         const int64_t before = offsets.before(i0);
-        const float* tiles = packed + before * tile_floats;
+        const float* tiles = packed ? packed + before * tile_floats : nullptr;
         if (!packed) {
-          float* to = run_buffer((offsets.before(i1) - before) * tile_floats + kLanes);
+          float* to =
+              scratch<kRun>(static_cast<size_t>((offsets.before(i1) - before) * tile_floats + kLanes));
           tiles = to;
           for (int64_t i = i0; i < i1; to += offsets.live(i++) * tile_floats)
             pack(weight, transposed, kinds, i, to);
         }
-        for (int64_t p = 0; p < panels.count; ++p) {
-          const float* w = tiles;
-          for (int64_t i = i0; i < i1; ++i) {
-            const Chain chain{offsets.list(i), offsets.live(i), d.tile_in, d.in};
-            for (int64_t b = 0; b < blocks; ++b, w += chain.count * width * d.tile_in) {
-              const int64_t o0 = i * d.tile_out + b * width;
-              const int64_t columns = std::min({width, (i + 1) * d.tile_out - o0, d.out - o0});
-              if (columns <= 0) continue;
-              multiply_block(panels.size(p), scratch + panels.first(p) * d.in, w, width, chain, sum);
-              write_block<T>(sum, width, panels.first(p), panels.size(p), o0, columns, y, d.out);
-            }
-          }
-        }
+        multiply_range<T>(d, offsets, i0, i1, tiles, panels, 0, panels.count, a, y);
       }
     }
   });
@@ -224,14 +250,17 @@ void multiply_tiles(const Matrix& x, const Weight& weight, bool transposed, Kind
 // grad_w[n, k] = sum over b of grad_y[b, n] * x[b, k] in live tiles: the same product, the batch inside.
 void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight,
                   const int32_t* output_permutation, const int32_t* input_permutation, void* grad_w,
-                  float* scratch, int threads) {
-  constexpr int64_t kExamples = 64, kAhead = 16;  // packed at a time, fetched ahead
+                  int threads) {
+  constexpr int64_t kExamples = 64, kAhead = 16;        // packed at a time, fetched ahead
+  constexpr int64_t kLargeGradient = int64_t{1} << 20;  // elements: other layers' come before it is read
   const Direction d = direction_of(weight, false);
   const int64_t width = block_width(d.tile_in), blocks = blocks_in_tile(d.tile_in), batch = x.rows;
   const int64_t depth = batch + 1;  // blocks a power of two apart would share a few sets of the caches
-  float* const right = scratch;     // [tile column][block][depth][width]
+  float* const right =              // [tile column][block][depth][width]
+      scratch<kRoom>(static_cast<size_t>(depth * d.tiles_in * blocks * width));
   const int64_t words = (d.in + 31) / 32, slices = (batch + kExamples - 1) / kExamples;
   const bool past = threads > 1 && batch * d.in > kSharedFloats;
+  const bool zeros_past = d.out * d.in > kLargeGradient;
   const int32_t all[] = {0};
   const Chain chain{all, 1, batch, batch};
   with_type(x.dtype, [&](auto* type) {
@@ -269,9 +298,23 @@ void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight,
       for (int64_t i = 0; i < d.tiles_out; ++i) {
         alignas(64) float sum[kPanel * kBlock];
         const int64_t n0 = i * d.tile_out, rows = std::min(d.tile_out, d.out - n0);
-        std::memset(gw + n0 * d.in, 0, static_cast<size_t>(rows * d.in) * sizeof(T));
+        const int64_t live = d.count[2 * i] + d.count[2 * i + 1];
+        if (zeros_past && !d.count[2 * i + 1]) {
+          for (int64_t n = n0; n < n0 + rows; ++n) {
+            int64_t k = 0;
+            for (int64_t t = 0; t < live; ++t) {
+              const int64_t k0 = d.tiles[i * d.tiles_in + t] * d.tile_in;
+              zero_past(gw + n * d.in + k, k0 - k);
+              k = std::min(d.in, k0 + d.tile_in);
+            }
+            zero_past(gw + n * d.in + k, d.in - k);
+          }
+        } else {  // int8 tiles come after keep tiles, so out of order
+          std::memset(gw + n0 * d.in, 0, static_cast<size_t>(rows * d.in) * sizeof(T));
+        }
         const Panels panels(rows, kPanel);
-        float* const left = run_buffer(batch * rows + kLanes);  // [panel][batch][rows of the panel]
+        float* const left =
+            scratch<kRun>(static_cast<size_t>(batch * rows + kLanes));  // [panel][batch][rows of the panel]
         for (int64_t b = 0; b < batch; ++b)
           for (int64_t p = 0; p < panels.count; ++p) {
             const int64_t first = panels.first(p), size = panels.size(p);
@@ -281,7 +324,6 @@ void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight,
             copy_features(row, output_permutation, n0 + first, panels.size(p), d.out,
                           (batch - b) * size >= kLanes, left + first * batch + b * size);
           }
-        const int64_t live = d.count[2 * i] + d.count[2 * i + 1];
         for (int64_t t = 0; t < live; ++t) {
           const int64_t j = d.tiles[i * d.tiles_in + t];
           for (int64_t s = 0; s < blocks; ++s) {
@@ -291,22 +333,22 @@ void sample_tiles(const Matrix& grad_y, const Matrix& x, const Weight& weight,
             for (int64_t p = 0; p < panels.count; ++p) {
               const int64_t first = n0 + panels.first(p);
               const int size = panels.size(p);
+              expect_lines(gw + first * d.in + k0, d.in, size, n);
               multiply_block(size, left + (first - n0) * batch, right + (j * blocks + s) * depth * width,
                              width, chain, sum);
-              for (int r = 0; r < size; ++r) {
-                T* to = gw + (first + r) * d.in + k0;
-                if (weight.bits) {
+              if (weight.bits)
+                for (int r = 0; r < size; ++r) {
                   const uint32_t bits = bits_at(weight.bits + (first + r) * words, k0, static_cast<int>(n));
-                  for (int64_t c = 0; c < n; ++c)
-                    to[c] = from_float<T>(bits >> c & 1 ? sum[r * width + c] : 0.0f);
-                } else {
-                  for (int64_t c = 0; c < n; ++c) to[c] = from_float<T>(sum[r * width + c]);
+                  for (int64_t c = 0; c < width; c += kLanes)
+                    store(sum + r * width + c,
+                          select(load(sum + r * width + c), bits >> c & ((1ull << kLanes) - 1)));
                 }
-              }
+              write_block<T>(sum, width, first, size, k0, n, {grad_w, x.dtype, nullptr, nullptr}, d.in);
             }
           }
         }
       }
+      drain();
     }
   });
 }
@@ -374,28 +416,29 @@ static void direct_rows(const Weight& w, const Direction& d, const float* x, con
 }
 
 void multiply_direct(const Matrix& x, const Weight& weight, const int32_t* input_permutation, const Output& y,
-                     float* scratch, int threads) {
+                     int threads) {
   if (!x.rows) return;
   const Direction d = direction_of(weight, false);
+  float* const room = scratch<kRoom>(static_cast<size_t>(x.rows * (d.in + 32)));
   with_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* const xs = static_cast<const T*>(x.data);
     for (int64_t b = 0; b < x.rows; ++b) {  // rows end in 32 zeros, so that the last piece reads no further
-      float* to = scratch + b * (d.in + 32);
+      float* to = room + b * (d.in + 32);
       for (int64_t k = 0; k < d.in; ++k)
         to[k] = to_float(xs[b * x.stride + (input_permutation ? input_permutation[k] : k)]);
       std::memset(to + d.in, 0, 32 * sizeof(float));
     }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t i = 0; i < d.tiles_out; ++i) switch (x.rows) {
-        case 1: direct_rows<1, T>(weight, d, scratch, y, i); break;
-        case 2: direct_rows<2, T>(weight, d, scratch, y, i); break;
-        case 3: direct_rows<3, T>(weight, d, scratch, y, i); break;
-        case 4: direct_rows<4, T>(weight, d, scratch, y, i); break;
-        case 5: direct_rows<5, T>(weight, d, scratch, y, i); break;
-        case 6: direct_rows<6, T>(weight, d, scratch, y, i); break;
-        case 7: direct_rows<7, T>(weight, d, scratch, y, i); break;
-        default: direct_rows<8, T>(weight, d, scratch, y, i); break;
+        case 1: direct_rows<1, T>(weight, d, room, y, i); break;
+        case 2: direct_rows<2, T>(weight, d, room, y, i); break;
+        case 3: direct_rows<3, T>(weight, d, room, y, i); break;
+        case 4: direct_rows<4, T>(weight, d, room, y, i); break;
+        case 5: direct_rows<5, T>(weight, d, room, y, i); break;
+        case 6: direct_rows<6, T>(weight, d, room, y, i); break;
+        case 7: direct_rows<7, T>(weight, d, room, y, i); break;
+        default: direct_rows<8, T>(weight, d, room, y, i); break;
       }
   });
 }

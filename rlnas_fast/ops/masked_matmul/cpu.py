@@ -25,6 +25,7 @@ __all__ = [
     "forward_packed",
     "grad_input",
     "grad_weight",
+    "gradients",
     "pack",
     "pack_fastest",
     "pack_mask",
@@ -216,7 +217,7 @@ def forward(
         return _dense(x, _dense_weight(weight, mask), mask, bias)
     y = x.new_empty(x.shape[0], mask.shape[0])
     if kernel == "tiles":
-        _multiply_tiles(x, _weight(weight, mask), mask, False, BOTH, None, y, bias)
+        _multiply_tiles(x, _weight(weight, mask), mask, False, BOTH, y, bias)
     elif kernel == "rows":
         _multiply_rows(x, mask, False, _pack_rows(weight, mask, False), y, bias)
     else:
@@ -237,7 +238,7 @@ def grad_input(
         return _scattered(grad_y @ _dense_weight(weight, mask), mask.input_permutation)
     grad_x = grad_y.new_empty(grad_y.shape[0], mask.shape[1])
     if kernel == "tiles":
-        _multiply_tiles(grad_y, _weight(weight, mask), mask, True, BOTH, None, grad_x, None)
+        _multiply_tiles(grad_y, _weight(weight, mask), mask, True, BOTH, grad_x, None)
     else:
         _multiply_rows(grad_y, mask, True, _pack_rows(weight, mask, True), grad_x, None)
     return grad_x
@@ -256,27 +257,41 @@ def grad_weight(
         if mask.input_permutation is not None:
             x = x[:, mask.input_permutation.long()]
         return _apply(grad_y.t() @ x, mask)
-    batch, (rows, cols) = x.shape[0], mask.shape
-    grad_w = x.new_empty(rows, cols)
-    threads = torch.get_num_threads()
-    permutations = (_address(mask.output_permutation), _address(mask.input_permutation))
+    grad_w = x.new_empty(mask.shape)
+    both = _matrix(grad_y), _matrix(x), _weight(grad_w, mask)
+    to = (
+        *(_address(mask.output_permutation), _address(mask.input_permutation)),
+        *(grad_w.data_ptr(), torch.get_num_threads()),
+    )
     if kernel == "tiles":
-        width, blocks = _blocks(mask.tile[1])
-        scratch = _workspace("x", (batch + 1) * mask.state.shape[1] * width * blocks)
-        _kernels().sample_tiles(
-            *(_matrix(grad_y), _matrix(x), _weight(grad_w, mask), *permutations),
-            *(grad_w.data_ptr(), scratch.data_ptr(), threads),
-        )
+        _kernels().sample_tiles(*both, *to)
     else:
-        start, indices, _ = _pack_rows(grad_w, mask, False, pattern_only=True)
-        padded = -(-batch // 128) * 128
-        scratch = _workspace("x", padded * (rows + cols) + indices.numel() + 32)
-        rows_form = (start.data_ptr(), indices.data_ptr(), 0)
-        _kernels().sample_rows(
-            *(_matrix(grad_y), _matrix(x), _weight(grad_w, mask), rows_form, *permutations),
-            *(grad_w.data_ptr(), scratch.data_ptr(), threads),
-        )
+        _kernels().sample_rows(*both, _rows_form(_pack_rows(grad_w, mask, False, pattern_only=True)), *to)
     return grad_w
+
+
+def gradients(
+    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: TileTensors, kernel: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes what ``grad_input`` and ``grad_weight`` do; over rows, gy and the weight are packed once."""
+    grad_y, x, weight = _rows_adjacent(grad_y), _rows_adjacent(x), weight.contiguous()
+    for_x = for_weight = kernel
+    if kernel in ("auto", "direct"):
+        for_x = choose("grad_input", grad_y.shape[0], mask, grad_y.dtype)
+        for_weight = choose("grad_weight", grad_y.shape[0], mask, grad_y.dtype)
+    if not for_x == for_weight == "rows":
+        return grad_input(grad_y, weight, mask, for_x), grad_weight(grad_y, x, mask, for_weight)
+    grad_x, grad_w = torch.empty_like(x), torch.empty_like(weight)
+    rows = _rows_form(_pack_rows(weight, mask, False))
+    columns = _rows_form(_rows_room("columns", mask.shape[1], mask))
+    threads = torch.get_num_threads()
+    _kernels().transpose_rows(rows, mask.shape, columns, threads)
+    _kernels().backward_rows(
+        *(_matrix(grad_y), _matrix(x), _weight(weight, mask), rows, columns),
+        *(_address(mask.output_permutation), _output(grad_x, mask.input_permutation, None)),
+        *(grad_w.data_ptr(), threads),
+    )
+    return grad_x, grad_w
 
 
 def pack_mask(dense: torch.Tensor, mask: TileTensors) -> None:
@@ -306,7 +321,7 @@ def _forward_int8(
     y = wide.new_empty(x.shape[0], mask.shape[0])
     keep_tiles = int(mask.stats[0])
     if keep_tiles:
-        _multiply_tiles(wide, _weight(weight, mask), mask, False, KEEP_ONLY, None, y, wide_bias)
+        _multiply_tiles(wide, _weight(weight, mask), mask, False, KEEP_ONLY, y, wide_bias)
     width, blocks = _blocks(mask.tile[0])
     depth = -(-mask.tile[1] // 4) * 4
     columns = int(mask.stats[1]) * blocks * width
@@ -371,20 +386,14 @@ def _multiply_tiles(
     mask: TileTensors,
     transposed: bool,
     kinds: int,
-    packed: torch.Tensor | None,
     y: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> None:
     permutations = mask.input_permutation, mask.output_permutation
     read, written = permutations[::-1] if transposed else permutations
-    scratch = _workspace("x", x.numel() + 32)
     _kernels().multiply_tiles(
-        *(_matrix(x), weight, transposed, kinds, _address(packed), _address(read)),
-        *(
-            _output(y, written, bias),
-            scratch.data_ptr(),
-            _threads(x.shape[0], mask.stats.tolist()[2], mask.shape),
-        ),
+        *(_matrix(x), weight, transposed, kinds, _address(read), _output(y, written, bias)),
+        _threads(x.shape[0], mask.stats.tolist()[2], mask.shape),
     )
 
 
@@ -395,22 +404,35 @@ def _pack_rows(
     *,
     fresh: bool = False,
     pattern_only: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
+    rows = _rows_room("rows", mask.shape[transposed], mask, fresh=fresh, pattern_only=pattern_only)
+    _kernels().pack_rows(_weight(weight, mask), transposed, _rows_form(rows), torch.get_num_threads())
+    return rows
+
+
+def _rows_room(
+    name: str, out: int, mask: TileTensors, *, fresh: bool = False, pattern_only: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """Room for a mask's weights as compressed rows: starts, indices, and values unless only the pattern."""
     if max(mask.shape) > 1 << 16:
         raise ConfigError(
             f"backend 'rows' takes at most 65536 features (16-bit indices), got {list(mask.shape)}"
         )
-    count, out = mask.stats.tolist()[2], mask.shape[transposed]
+    count = mask.stats.tolist()[2] + 32  # written in whole vectors
+    parts = [
+        ("start", out + 1, torch.int32),
+        ("indices", count, torch.int16),
+        ("values", count, torch.float32),
+    ]
+    return tuple(
+        torch.empty(size, dtype=dtype) if fresh else _workspace(f"{part} of {name}", size, dtype)
+        for part, size, dtype in parts[: 2 if pattern_only else 3]
+    )
 
-    def room(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype) if fresh else _workspace(name, size, dtype)
 
-    start = room("start", out + 1, torch.int32)
-    indices = room("indices", count + 32, torch.int16)
-    values = room("values", 0 if pattern_only else count + 32, torch.float32)
-    rows_form = (start.data_ptr(), indices.data_ptr(), 0 if pattern_only else values.data_ptr())
-    _kernels().pack_rows(_weight(weight, mask), transposed, rows_form, torch.get_num_threads())
-    return start, indices, values
+def _rows_form(rows: tuple[torch.Tensor, ...]) -> tuple[int, int, int]:
+    start, indices, *values = rows
+    return start.data_ptr(), indices.data_ptr(), values[0].data_ptr() if values else 0
 
 
 def _multiply_rows(
@@ -423,11 +445,9 @@ def _multiply_rows(
 ) -> None:
     permutations = mask.input_permutation, mask.output_permutation
     read, written = permutations[::-1] if transposed else permutations
-    scratch = _workspace("x", (x.shape[0] + 128) * x.shape[1] + 32)
-    start, indices, values = (buffer.data_ptr() for buffer in rows)
     _kernels().multiply_rows(
-        *(_matrix(x), y.shape[1], (start, indices, values), _address(read), _output(y, written, bias)),
-        *(scratch.data_ptr(), _threads(x.shape[0], mask.stats.tolist()[2], mask.shape)),
+        *(_matrix(x), y.shape[1], _rows_form(rows), _address(read), _output(y, written, bias)),
+        _threads(x.shape[0], mask.stats.tolist()[2], mask.shape),
     )
 
 
@@ -440,14 +460,9 @@ def _multiply_direct(
 ) -> None:
     if x.shape[0] > DIRECT_ROWS:
         raise ConfigError(f"backend 'direct' takes at most {DIRECT_ROWS} rows of x, got {x.shape[0]}")
-    scratch = _workspace("x", x.shape[0] * (x.shape[1] + 32))
     _kernels().multiply_direct(
-        *(_matrix(x), weight, _address(mask.input_permutation)),
-        *(
-            _output(y, mask.output_permutation, bias),
-            scratch.data_ptr(),
-            _threads(x.shape[0], mask.stats.tolist()[2], mask.shape),
-        ),
+        *(_matrix(x), weight, _address(mask.input_permutation), _output(y, mask.output_permutation, bias)),
+        _threads(x.shape[0], mask.stats.tolist()[2], mask.shape),
     )
 
 

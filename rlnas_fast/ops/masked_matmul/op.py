@@ -165,6 +165,10 @@ _library.define(
     f"masked_matmul_grad_input(Tensor grad_y, Tensor weight, {_MASK_SCHEMA}, str backend) -> Tensor"
 )
 _library.define(f"masked_matmul_grad_weight(Tensor grad_y, Tensor x, {_MASK_SCHEMA}, str backend) -> Tensor")
+_library.define(
+    f"masked_matmul_gradients(Tensor grad_y, Tensor x, Tensor weight, {_MASK_SCHEMA}, str backend) "
+    "-> (Tensor, Tensor)"
+)
 _MASK_FIELDS = 13
 
 
@@ -235,6 +239,15 @@ def _grad_weight(grad_y: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Ten
     return grad_w
 
 
+def _gradients(
+    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    *fields, backend = rest
+    if grad_y.device.type == "cpu" and backend != "reference":
+        return cpu.gradients(grad_y, x, weight, _mask(tuple(fields)), backend)
+    return _grad_input(grad_y, weight, *rest), _grad_weight(grad_y, x, *rest)
+
+
 def _gpu_weight(weight: torch.Tensor, mask: TileTensors) -> torch.Tensor:
     """W o M in one pass over the weight."""
     masked: torch.Tensor = gpu_backend("effective_weight").effective_weight(weight, mask)
@@ -245,21 +258,23 @@ def _scattered(y: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     return y.contiguous() if order is None else torch.empty_like(y).index_copy_(1, order.long(), y)
 
 
-def _on_its_device(implementation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Launches go to the current device, so the first argument's must be it."""
 
-    def guarded(first: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def guarded(first: torch.Tensor, *rest: Any) -> Any:
         with torch.cuda.device(first.device):
             return implementation(first, *rest)
 
     return guarded
 
 
-for _name, _implementation in (
-    ("masked_matmul", _forward),
-    ("masked_matmul_grad_input", _grad_input),
-    ("masked_matmul_grad_weight", _grad_weight),
-):
+_implementations: dict[str, Callable[..., Any]] = {
+    "masked_matmul": _forward,
+    "masked_matmul_grad_input": _grad_input,
+    "masked_matmul_grad_weight": _grad_weight,
+    "masked_matmul_gradients": _gradients,
+}
+for _name, _implementation in _implementations.items():
     _library.impl(_name, _implementation, "CPU")
     _library.impl(_name, _on_its_device(_implementation), "CUDA")
 
@@ -277,6 +292,13 @@ def _(grad_y: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
 @torch.library.register_fake("rlnas_fast::masked_matmul_grad_weight", lib=_library)
 def _(grad_y: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty(grad_y.shape[1], x.shape[1])
+
+
+@torch.library.register_fake("rlnas_fast::masked_matmul_gradients", lib=_library)
+def _(
+    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -298,8 +320,12 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
     x, weight, (_, *fields, _, backend) = _restore(ctx)
     need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
     ops = torch.ops.rlnas_fast
-    grad_x = ops.masked_matmul_grad_input.default(grad_y, weight, *fields, backend) if need_x else None
-    grad_w = ops.masked_matmul_grad_weight.default(grad_y, x, *fields, backend) if need_weight else None
+    grad_x = grad_w = None
+    if need_x and need_weight and not torch.is_grad_enabled():  # else each will be differentiated again
+        grad_x, grad_w = ops.masked_matmul_gradients.default(grad_y, x, weight, *fields, backend)
+    else:
+        grad_x = ops.masked_matmul_grad_input.default(grad_y, weight, *fields, backend) if need_x else None
+        grad_w = ops.masked_matmul_grad_weight.default(grad_y, x, *fields, backend) if need_weight else None
     grad_b = grad_y.sum(0) if need_bias else None
     return grad_x, grad_w, grad_b, *[None] * (_MASK_FIELDS + 2)
 
@@ -433,14 +459,17 @@ def _register_flops() -> None:
         return 2 * batch * shape[0] * shape[1]
 
     ops = torch.ops.rlnas_fast
-    for op, first_field in (
-        (ops.masked_matmul, 3),
-        (ops.masked_matmul_grad_input, 2),
-        (ops.masked_matmul_grad_weight, 2),
+    for op, first_field, products in (
+        (ops.masked_matmul, 3, 1),
+        (ops.masked_matmul_grad_input, 2, 1),
+        (ops.masked_matmul_grad_weight, 2, 1),
+        (ops.masked_matmul_gradients, 3, 2),
     ):
 
-        def formula(*args: Any, at: int = first_field, out_val: Any = None, **_: Any) -> int:
-            return useful(args[0].shape[0], args[at + 6], args[at + 11])
+        def formula(
+            *args: Any, at: int = first_field, times: int = products, out_val: Any = None, **_: Any
+        ) -> int:
+            return times * useful(args[0].shape[0], args[at + 6], args[at + 11])
 
         register_flop_formula(op, get_raw=True)(formula)
 
