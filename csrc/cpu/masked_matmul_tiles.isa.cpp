@@ -26,20 +26,26 @@ struct Offsets {
   Kinds kinds_;
 };
 
-// A 32 x 32 piece (or less) of the weight as floats, rows `stride` apart: in place where nothing must be done
-// to it.
+// A 32 x 32 piece (or less) of the weight as floats, rows `stride` apart: where it lies, masked as it is
+// read, if it is complete; else a copy.
 template <class T>
 struct Piece {
   alignas(64) float stage[32 * 32];
+  uint32_t kept[32];
   const float* rows;
   int64_t stride;
+  bool masked = false;
 
   Piece(const Weight& w, int64_t n0, int64_t rn, int64_t k0, int64_t rk, bool int8, float scale,
         bool complete) {
     if constexpr (std::is_same_v<T, float>)
-      if (complete && !int8 && !w.bits) {
+      if (complete && !int8) {
         rows = static_cast<const float*>(w.data) + n0 * w.in_features + k0;
         stride = w.in_features;
+        masked = w.bits;
+        const int64_t words = (w.in_features + 31) / 32;
+        for (int64_t r = 0; masked && r < rn; ++r)
+          kept[r] = bits_at(w.bits + (n0 + r) * words, k0, static_cast<int>(rk));
         return;
       }
     for (int64_t r = 0; r < rn; ++r)
@@ -48,13 +54,19 @@ struct Piece {
     rows = stage;
     stride = 32;
   }
+
+  Vector at(int64_t r, int64_t k) const {
+    const Vector v = load(rows + r * stride + k);
+    return masked ? select(v, kept[r] >> k & ((1ull << kLanes) - 1)) : v;
+  }
 };
 
-void transpose_to(const float* from, int64_t stride, int64_t steps, int64_t width, float* to) {
+template <class T>
+void transpose_to(const Piece<T>& piece, int64_t steps, int64_t width, float* to) {
   for (int64_t c = 0; c < width; c += kLanes)
     for (int64_t k = 0; k < steps; k += kLanes) {
       Vector r[kLanes];
-      for (int i = 0; i < kLanes; ++i) r[i] = load(from + (c + i) * stride + k);
+      for (int i = 0; i < kLanes; ++i) r[i] = piece.at(c + i, k);
       transpose(r);
       for (int64_t j = 0; j < std::min<int64_t>(kLanes, steps - k); ++j)
         store(to + (k + j) * width + c, r[j]);
@@ -76,12 +88,11 @@ void pack_tile(const Weight& w, bool transposed, int64_t i, int64_t j, bool int8
     if (!transposed) {
       const Piece<T> piece(w, o0, std::max<int64_t>(columns, 0), s0 + s, n, int8, scale,
                            columns == width && n % kLanes == 0);
-      transpose_to(piece.rows, piece.stride, n, width, to + s * width);
+      transpose_to(piece, n, width, to + s * width);
     } else {
       const Piece<T> piece(w, s0 + s, n, o0, std::max<int64_t>(columns, 0), int8, scale, columns == width);
       for (int64_t k = 0; k < n; ++k)
-        std::memcpy(to + (s + k) * width, piece.rows + k * piece.stride,
-                    static_cast<size_t>(width) * sizeof(float));
+        for (int64_t c = 0; c < width; c += kLanes) store(to + (s + k) * width + c, piece.at(k, c));
     }
   }
 }
@@ -176,7 +187,7 @@ void multiply_tiles(const Matrix& x, const Weight& weight, bool transposed, Kind
   const PackRow pack = row_packer(weight.dtype);
   if (panels.count >= 4 * threads) {
     const int64_t fit = std::max<int64_t>(1, kGroupFloats / (d.in * kPanel + 1));
-    const int64_t rounds = (panels.count + fit * threads - 1) / (fit * threads);
+    const int64_t rounds = std::max<int64_t>(4, (panels.count + fit * threads - 1) / (fit * threads));
     const Panels groups(panels.count, (panels.count + rounds * threads - 1) / (rounds * threads));
     const bool past = threads > 1 && weight_floats > kSharedFloats;
     float* const shared = packed ? nullptr : scratch<kRoom>(static_cast<size_t>(weight_floats + kLanes));

@@ -120,7 +120,7 @@ void add_columns(Rows rows, int64_t count, int64_t columns, float* total) {
     for (int64_t c = 0; c < columns; c++) to.at(n)[c] += from.at(n)[c];
 }
 
-void add_bias(Rows rows, int64_t count, int64_t columns, const float* bias) {
+[[maybe_unused]] void add_bias(Rows rows, int64_t count, int64_t columns, const float* bias) {
   for (int64_t n = 0; n < count; n++)
     for (int64_t c = 0; c < columns; c++) rows.at(n)[c] += bias[c];
 }
@@ -171,8 +171,8 @@ void to_float(DType dtype, const void* from, int64_t count, float* to, int threa
 }
 
 // Panels of a right operand [depth][columns] or, transposed, of [columns][depth].
-Right packed(const float* from, int64_t depth, int64_t columns, bool transposed, Buffer& buffer,
-             int threads) {
+[[maybe_unused]] Right packed(const float* from, int64_t depth, int64_t columns, bool transposed,
+                              Buffer& buffer, int threads) {
   const int64_t stride = kPanel * depth, panels = blocks_of(columns, kPanel);
   buffer = Buffer(panels * stride);
   spread(threads, panels, buffer.size(), [&](int64_t index) {
