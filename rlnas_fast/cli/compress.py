@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-if TYPE_CHECKING:
-    from ..compression_runs import CompressionResult
 
-
-def print_compression(result: CompressionResult, as_json: bool) -> None:
+def show_compression(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Before and after, what stays of each layer, and what should be known about both."""
     from ..compression.report import allocation_table, result_table
 
-    summary = result.summary
     if as_json:
-        print(json.dumps(summary | {"folder": str(result.folder)}, indent=2))
+        print(json.dumps(summary | {"folder": str(folder)}, indent=2))
         return
     console = Console(emoji=False)
     console.print(allocation_table(summary))
@@ -39,4 +36,4 @@ def print_compression(result: CompressionResult, as_json: bool) -> None:
         line(f"left alone: {', '.join(names[:3])}{more} {reason}")
     for caveat in summary["caveats"]:
         line(f"caveat: {caveat}")
-    line(f"Everything is in {result.folder}")
+    line(f"Everything is in {folder}")

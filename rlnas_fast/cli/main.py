@@ -167,11 +167,11 @@ def compress(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None} | _settings(settings)
     from ..compression_runs import compress as start
-    from .compress import print_compression
+    from .compress import show_compression
 
     with Screen(quiet=as_json) as screen:
         result = start(model, data, out=out, device=device, progress=screen, **given)
-    print_compression(result, as_json)
+    show_compression(result.summary, result.folder, as_json)
 
 
 @app.command()
@@ -199,14 +199,14 @@ def resume(
 
         with Screen(quiet=as_json) as screen:
             placement = resume_place(folder, screen)
-        show_placement(placement, as_json)
+        show_placement(placement.summary, placement.folder, as_json)
         return
     if compressed:
-        from .compress import print_compression
+        from .compress import show_compression
 
         with Screen(quiet=as_json) as screen:
             compression = resume_compression(folder, progress=screen)
-        print_compression(compression, as_json)
+        show_compression(compression.summary, compression.folder, as_json)
         return
     from ..runs import resume as go_on
 
@@ -224,15 +224,18 @@ def show(folder: RunFolder, as_json: AsJson = False) -> None:
     """Show what a run has found so far."""
     from ..compression_runs import SETTINGS
     from ..placement_folder import CONFIG
-    from .show import show_run
+    from .show import show_run, show_saved
 
-    if (folder / CONFIG).is_file() or (folder / SETTINGS).is_file():
-        raise ConfigError(
-            f"{folder} is no search: what it found is in its summary.json once it has ended, and "
-            f"`rlnas resume {folder}` goes on and shows it"
-        )
+    if (folder / CONFIG).is_file():
+        from .place import show_placement
 
-    show_run(folder, as_json)
+        show_saved(folder, as_json, show_placement)
+    elif (folder / SETTINGS).is_file():
+        from .compress import show_compression
+
+        show_saved(folder, as_json, show_compression)
+    else:
+        show_run(folder, as_json)
 
 
 @app.command()

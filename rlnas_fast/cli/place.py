@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,9 +13,6 @@ from rich.table import Table
 
 from ..errors import ConfigError
 from .screen import Screen
-
-if TYPE_CHECKING:
-    from ..placement_runs import PlacementResult
 
 GROUPS = ("block", "agent", "recipe", "task")
 
@@ -86,14 +83,13 @@ def place(
             out=out,
             progress=screen,
         )
-    show_placement(result, as_json)
+    show_placement(result.summary, result.folder, as_json)
 
 
-def show_placement(result: PlacementResult, as_json: bool) -> None:
+def show_placement(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Prints what a placement run found."""
-    summary = result.summary
     if as_json:
-        print(json.dumps(summary | {"folder": str(result.folder)}, indent=2))
+        print(json.dumps(summary | {"folder": str(folder)}, indent=2))
         return
     console = Console(emoji=False)
     table = Table(title=f"{summary['model']} on {summary['data']}, {summary['agent']}", title_justify="left")
@@ -110,12 +106,13 @@ def show_placement(result: PlacementResult, as_json: bool) -> None:
         )  # fmt: skip
     console.print(table)
     say = console.print
-    test = "" if result.test_accuracy is None else f", test {100 * result.test_accuracy:.2f} %"
+    test = "" if summary["test_accuracy"] is None else f", test {100 * summary['test_accuracy']:.2f} %"
     say(
-        f"Policy: {100 * result.accuracy:.2f} % of validation; block at {result.stage}{test}", highlight=False
+        f"Policy: {100 * summary['accuracy']:.2f} % of validation; block at {summary['stage']}{test}",
+        highlight=False,
     )
     collapse = summary["collapse"]
-    if result.collapsed:
+    if collapse and collapse["collapsed"]:
         say(
             f"The policy collapsed: {100 * collapse['share']:.0f} % of the latest decisions think "
             f"{collapse['action']} best, whatever the state",
@@ -125,7 +122,7 @@ def show_placement(result: PlacementResult, as_json: bool) -> None:
         say(f"caveat of the latency: {caveat}", highlight=False, markup=False)
     if summary["reverted"]:
         say(f"{summary['reverted']} decisions were taken back", highlight=False)
-    say(f"Everything is in {result.folder}", highlight=False, soft_wrap=True)
+    say(f"Everything is in {folder}", highlight=False, soft_wrap=True)
 
 
 def _groups(pairs: list[str] | None) -> dict[str, dict[str, Any]]:

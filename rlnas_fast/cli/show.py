@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def show_run(folder: Path, as_json: bool) -> None:
     for trial in trials:
         if trial.measurement.failure is not None:
             console.print(f"trial {trial.number} failed: {trial.measurement.failure}", highlight=False)
+
+
+def show_saved(folder: Path, as_json: bool, shown: Callable[[dict[str, Any], Path, bool], None]) -> None:
+    """Shows what a placement or a compression wrote when it ended; one that goes on has nothing to show."""
+    summary = _summary_of(folder)
+    if summary is not None:
+        shown(summary, folder, as_json)
+    elif as_json:
+        print(json.dumps({"folder": str(folder), "stopped": None}, indent=2))
+    else:
+        Console(emoji=False, markup=False).print(
+            f"not finished: go on with `rlnas resume {folder}`", highlight=False, soft_wrap=True
+        )
 
 
 def _summary_of(folder: Path) -> dict[str, Any] | None:

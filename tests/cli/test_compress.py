@@ -106,6 +106,8 @@ def test_tables_for_a_terminal_name_what_is_left_alone(capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert "Where the weights stay" in shown
     assert "small-cnn on digits" in shown
+    assert main(["show", "t"]) == 0
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.usefixtures("_here")

@@ -32,6 +32,13 @@ def test_place_and_resume(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     shown = capsys.readouterr().out
     assert f"block at {summary['stage']}" in shown
     assert "stage3" in shown
+    assert main(["show", "run"]) == 0
+    assert capsys.readouterr().out == shown
+    assert main(["show", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == summary
+    (tmp_path / "run" / "summary.json").unlink()
+    assert main(["show", "run"]) == 0
+    assert capsys.readouterr().out == "not finished: go on with `rlnas resume run`\n"
     assert json.loads((tmp_path / "run" / "placement.json").read_text())["block"] == {"kind": "dot_product"}
 
 
