@@ -12,6 +12,7 @@ void register_concatenation(py::module_& module);
 void register_masked_matmul(py::module_& module);
 void register_activation_statistics(py::module_& module);
 void register_lent_memory(py::module_& module);
+void register_tensors(py::module_& module);
 
 PYBIND11_MODULE(_cpu, module) {
   module.def("set_isa", &rlnas::set_isa, py::arg("name"), "Forces an instruction set; \"auto\" undoes it.");
@@ -22,4 +23,5 @@ PYBIND11_MODULE(_cpu, module) {
   register_masked_matmul(module);
   register_activation_statistics(module);
   register_lent_memory(module);
+  register_tensors(module);
 }

@@ -7,6 +7,7 @@
 #include <array>
 
 #include "cpu/concatenation.h"
+#include "cpu/tensors.h"
 
 namespace py = pybind11;
 using namespace rlnas;
@@ -16,78 +17,103 @@ namespace {
 enum Kind { kSoftmax, kDotProduct, kConcatenation };  // as in rlnas_fast/ops/nonlocal_attention/cpu.py
 using Pointer = std::uintptr_t;
 using Strides = std::array<int64_t, 5>;  // batch, channel, depth, height, width
-using Pointers5 = std::array<Pointer, 5>;
-using Pointers9 = std::array<Pointer, 9>;
-
-View view(Pointer data, int dtype, const Strides& s) {
-  return {reinterpret_cast<void*>(data), static_cast<DType>(dtype), s[0], s[1], {s[2], s[3], s[4]}};
-}
 
 View line(Pointer data, int dtype, const std::array<int64_t, 3>& s) {  // [batch, channel, position]
   return {reinterpret_cast<void*>(data), static_cast<DType>(dtype), s[0], s[1], {0, 0, s[2]}};
 }
 
-BlockShape block_shape(const std::array<int64_t, 4>& sizes, const std::array<int64_t, 3>& space,
-                       const std::array<int64_t, 3>& pool, bool residual, bool deterministic, int threads) {
-  return {sizes[0],
-          sizes[1],
-          sizes[2],
-          sizes[3],
-          {space[0], space[1], space[2]},
-          {pool[0], pool[1], pool[2]},
-          residual,
-          deterministic,
-          threads};
-}
+// A fused block for tensors of one layout.
+class BlockKernel {
+ public:
+  // saved: where the parts of BlockSaved begin in one tensor, in bytes; -1 for what is absent.
+  BlockKernel(int kind, const std::array<int64_t, 4>& sizes, const std::array<int64_t, 3>& space,
+              const std::array<int64_t, 3>& pool, bool residual, int dtype, const Strides& x_strides,
+              const Strides& z_strides, const std::array<int64_t, 5>& saved)
+      : kind_(kind),
+        shape_{sizes[0],
+               sizes[1],
+               sizes[2],
+               sizes[3],
+               {space[0], space[1], space[2]},
+               {pool[0], pool[1], pool[2]},
+               residual,
+               false,
+               1},
+        dtype_(static_cast<DType>(dtype)),
+        x_strides_(x_strides),
+        z_strides_(z_strides),
+        saved_(saved) {}
 
-BlockWeights block_weights(int dtype, const Pointers9& p) {
-  const auto at = [&](int i) { return reinterpret_cast<const void*>(p[i]); };
-  return {static_cast<DType>(dtype), at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
-}
+  // tensors: x, theta, phi, g, out, their biases, pair; saved None keeps nothing.
+  void forward(const py::sequence& tensors, py::handle z, py::handle saved, bool deterministic,
+               int threads) const {
+    const View from = view(address(tensors[0]), x_strides_), to = view(address(z), z_strides_);
+    const BlockWeights weights = weights_of(tensors);
+    const BlockSaved kept = places(saved);
+    const BlockShape shape = shape_of(deterministic, threads);
+    const py::gil_scoped_release release;
+    if (kind_ == kSoftmax) RLNAS_DISPATCH(block_forward, shape, weights, from, to, kept);
+    if (kind_ == kDotProduct) RLNAS_DISPATCH(dot_product_forward, shape, weights, from, to, kept);
+    if (kind_ == kConcatenation) RLNAS_DISPATCH(concatenation_forward, shape, weights, from, to, kept);
+  }
 
-BlockSaved block_saved(const Pointers5& p) {
-  const auto at = [&](int i) { return reinterpret_cast<float*>(p[i]); };
-  return {at(0), at(1), at(2), reinterpret_cast<uint8_t*>(p[3]), at(4)};
-}
+  // gradients: of the tensors, in their order.
+  void backward(py::handle grad_z, const py::sequence& tensors, py::handle saved,
+                const py::sequence& gradients, bool deterministic, int threads) const {
+    const View from = view(address(tensors[0]), x_strides_), to = view(address(gradients[0]), z_strides_);
+    const View upstream = view(address(grad_z), strides(grad_z));
+    const BlockWeights weights = weights_of(tensors);
+    const auto at = [&](size_t i) { return address(gradients[i]); };
+    const BlockGradients into{at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
+    const BlockSaved kept = places(saved);
+    const BlockShape shape = shape_of(deterministic, threads);
+    const py::gil_scoped_release release;
+    if (kind_ == kSoftmax) RLNAS_DISPATCH(block_backward, shape, weights, from, upstream, kept, to, into);
+    if (kind_ == kDotProduct)
+      RLNAS_DISPATCH(dot_product_backward, shape, weights, from, upstream, kept, to, into);
+    if (kind_ == kConcatenation)
+      RLNAS_DISPATCH(concatenation_backward, shape, weights, from, upstream, kept, to, into);
+  }
+
+ private:
+  View view(void* data, const Strides& s) const { return {data, dtype_, s[0], s[1], {s[2], s[3], s[4]}}; }
+
+  BlockShape shape_of(bool deterministic, int threads) const {
+    BlockShape shape = shape_;
+    shape.deterministic = deterministic;
+    shape.threads = threads;
+    return shape;
+  }
+
+  BlockWeights weights_of(const py::sequence& tensors) const {
+    const auto at = [&](size_t i) { return address(tensors[i]); };
+    return {dtype_, at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
+  }
+
+  BlockSaved places(py::handle saved) const {
+    char* const start = static_cast<char*>(address(saved));
+    const auto at = [&](size_t i) {
+      return reinterpret_cast<float*>(start && saved_[i] >= 0 ? start + saved_[i] : nullptr);
+    };
+    return {at(0), at(1), at(2), reinterpret_cast<uint8_t*>(at(3)), at(4)};
+  }
+
+  int kind_;
+  BlockShape shape_;
+  DType dtype_;
+  Strides x_strides_, z_strides_;
+  std::array<int64_t, 5> saved_;
+};
 
 }  // namespace
 
 void register_nonlocal_attention(py::module_& module) {
-  module.def(
-      "nonlocal_block_forward",
-      [](int kind, std::array<int64_t, 4> sizes, std::array<int64_t, 3> space, std::array<int64_t, 3> pool,
-         bool residual, bool deterministic, int threads, int dtype, const Pointers9& weights, Pointer x,
-         Strides x_strides, Pointer z, Strides z_strides, const Pointers5& saved) {
-        const py::gil_scoped_release release;
-        const BlockShape shape = block_shape(sizes, space, pool, residual, deterministic, threads);
-        const BlockWeights given = block_weights(dtype, weights);
-        const View from = view(x, dtype, x_strides), to = view(z, dtype, z_strides);
-        if (kind == kSoftmax) RLNAS_DISPATCH(block_forward, shape, given, from, to, block_saved(saved));
-        if (kind == kDotProduct)
-          RLNAS_DISPATCH(dot_product_forward, shape, given, from, to, block_saved(saved));
-        if (kind == kConcatenation)
-          RLNAS_DISPATCH(concatenation_forward, shape, given, from, to, block_saved(saved));
-      });
-  module.def(
-      "nonlocal_block_backward",
-      [](int kind, std::array<int64_t, 4> sizes, std::array<int64_t, 3> space, std::array<int64_t, 3> pool,
-         bool residual, bool deterministic, int threads, int dtype, const Pointers9& weights, Pointer x,
-         Strides x_strides, Pointer grad_z, Strides grad_z_strides, const Pointers5& saved, Pointer grad_x,
-         Strides grad_x_strides, const Pointers9& gradients) {
-        const py::gil_scoped_release release;
-        const BlockShape shape = block_shape(sizes, space, pool, residual, deterministic, threads);
-        const auto at = [&](int i) { return reinterpret_cast<void*>(gradients[i]); };
-        const BlockWeights given = block_weights(dtype, weights);
-        const View from = view(x, dtype, x_strides), upstream = view(grad_z, dtype, grad_z_strides);
-        const View to = view(grad_x, dtype, grad_x_strides);
-        const BlockGradients into{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
-        const BlockSaved kept = block_saved(saved);
-        if (kind == kSoftmax) RLNAS_DISPATCH(block_backward, shape, given, from, upstream, kept, to, into);
-        if (kind == kDotProduct)
-          RLNAS_DISPATCH(dot_product_backward, shape, given, from, upstream, kept, to, into);
-        if (kind == kConcatenation)
-          RLNAS_DISPATCH(concatenation_backward, shape, given, from, upstream, kept, to, into);
-      });
+  py::class_<BlockKernel>(module, "BlockKernel")
+      .def(py::init<int, const std::array<int64_t, 4>&, const std::array<int64_t, 3>&,
+                    const std::array<int64_t, 3>&, bool, int, const Strides&, const Strides&,
+                    const std::array<int64_t, 5>&>())
+      .def("forward", &BlockKernel::forward)
+      .def("backward", &BlockKernel::backward);
   module.def(
       "nonlocal_attention_forward", [](std::array<int64_t, 5> sizes, bool deterministic, int threads,
                                        int dtype, const std::array<Pointer, 4>& data,

@@ -20,7 +20,10 @@ def cpu() -> ModuleType:
     Raises:
         KernelUnavailable: it was not built, or cannot be loaded.
     """
-    return _load("_cpu", "install the package with a C++17 compiler: pip install .")
+    module = _load("_cpu", "install the package with a C++17 compiler: pip install .")
+    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    module.learn_tensors(torch.Tensor, torch.nn.Parameter, torch.strided, table)
+    return module
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from rlnas_fast.errors import ShapeError, unknown_name
@@ -30,7 +31,6 @@ from rlnas_fast.ops.triton_launch import dot_precision
 
 __all__ = ["nonlocal_block"]
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 LARGEST_FUSED_DOT = 128  # channels; beyond them the products of a library fill a GPU, unless keys are pooled
 LARGEST_WINDOW = 255  # the place within a pooling window is kept in 8 bits
 Biases = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -87,12 +87,18 @@ def nonlocal_block(
         biases = (casted[0], casted[1], casted[2], casted[3])
     tensors = (x, theta, phi, g, out, *biases, pair)
     key = None
-    if backend in ("auto", "cpu") and not torch.compiler.is_compiling() and _plain(tensors):
-        window = tuple(pool) if isinstance(pool, list) else pool
-        key = backend, *cpu.block_key(kind, tensors, window, residual)
+    if (
+        backend in ("auto", "cpu")
+        and not torch.compiler.is_compiling()
+        and _unwatched()
+        and (layouts := cpu.layout_key(tensors)) is not None
+    ):
+        key = backend, kind, tuple(pool) if isinstance(pool, list) else pool, residual, layouts
         if (known := cpu.known_call(key)) is not None:
             return _direct(known, tensors)
-    wanted = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+    wanted = forward_ad._current_level >= 0 or (  # autograd.Function says that it has no forward mode
+        torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+    )
     windows, route = _routed(tensors, kind, pool, backend, wanted)
     if route == "reference":
         return reference.nonlocal_block(
@@ -160,19 +166,18 @@ def _gradients(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...
 
 
 _gradients_once = once_differentiable(_gradients)
-# Function.apply without its questions about functorch, which _plain has asked.
+# Function.apply without its questions about functorch, which _unwatched has asked.
 _apply_direct: Callable[..., torch.Tensor] = super(torch.autograd.Function, _DirectBlock).apply
 
 
-def _plain(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Says whether addresses may be taken at once: CPU tensors that nobody traces, counts or imitates."""
-    if (
+def _unwatched() -> bool:
+    """Says whether nobody traces, counts or transforms operators, so that kernels may be called at once."""
+    return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
-    ):
-        return False
-    return all([each is None or (type(each) in PLAIN and each.is_cpu) for each in tensors])
+        or forward_ad._current_level >= 0
+    )
 
 
 def _direct(call: cpu.BlockCall, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -444,8 +449,10 @@ def _split(
 
 
 def _call_of(tensors: tuple[Any, ...], windows: list[int], residual: bool, kind: str) -> cpu.BlockCall:
-    key = cpu.block_key(kind, tensors, tuple(windows), residual)
-    return cpu.block_call(key, kind, tensors, windows, residual)
+    layouts = cpu.layout_key(tensors)
+    if layouts is None:
+        return cpu.BlockCall(kind, tensors, windows, residual)
+    return cpu.block_call((kind, tuple(windows), residual, layouts), kind, tensors, windows, residual)
 
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
@@ -17,8 +17,8 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "block_call",
-    "block_key",
     "known_call",
+    "layout_key",
     "like_queries",
     "saved_size",
     "unavailable_reason",
@@ -112,44 +112,31 @@ class BlockCall:
         inner = x.shape[1] if theta is None else theta.shape[0]  # the Gaussian kind compares x itself
         depth = 1 if kind == "concatenation" else inner
         missing = 5 - x.dim()
-        self._kernels = native.cpu()
-        self._shape = (
+        counts = _saved_counts(kind, x.shape, depth, g.shape[0], pool)
+        ends = list(itertools.accumulate(_rounded(count) for count in counts))
+        self._saved = ends[-1]
+        self._kernel = native.cpu().BlockKernel(
             KINDS[kind],
             (x.shape[0], x.shape[1], inner, g.shape[0]),
             (1,) * missing + tuple(x.shape[2:]),
             (1,) * missing + tuple(pool),
             residual,
+            DTYPES[x.dtype],
+            _strides(x),
+            _strides(torch.empty_like(x, device="meta")),
+            [4 * (end - _rounded(count)) if count else -1 for end, count in zip(ends, counts, strict=True)],
         )
-        self._dtype = DTYPES[x.dtype]
-        self._x_strides = _strides(x)
-        self._z_strides = _strides(torch.empty_like(x, device="meta"))
-        counts = _saved_counts(kind, x.shape, depth, g.shape[0], pool)
-        ends = list(itertools.accumulate(_rounded(count) for count in counts))
-        self._saved = ends[-1]
-        self._offsets = [
-            4 * (end - _rounded(count)) if count else None for end, count in zip(ends, counts, strict=True)
-        ]
 
     def forward(
         self, tensors: Tensors, save: bool, clean: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns z and, if ``save``, what the backward needs; gaps within it are 0 if ``clean``."""
-        x, pointers = _addresses(tensors)
-        z = torch.empty_like(x)
+        z = torch.empty_like(tensors[0])  # type: ignore[arg-type]
         saved = lent(self._saved) if save else None
         if saved is not None and clean:
             saved.zero_()
-        self._kernels.nonlocal_block_forward(
-            *self._shape,
-            torch.are_deterministic_algorithms_enabled(),
-            torch.get_num_threads(),
-            self._dtype,
-            pointers,
-            x.data_ptr(),
-            self._x_strides,
-            z.data_ptr(),
-            self._z_strides,
-            self._places(saved),
+        self._kernel.forward(
+            tensors, z, saved, torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
         )
         return z, saved
 
@@ -157,32 +144,12 @@ class BlockCall:
         self, grad_z: torch.Tensor, tensors: Tensors, saved: torch.Tensor
     ) -> list[torch.Tensor | None]:
         """Gradients to x, to the weights and, where there are biases and a pair, to them."""
-        x, pointers = _addresses(tensors)
-        grad_x = torch.empty_like(x)
-        grads = [None if each is None else torch.empty_like(each) for each in tensors[1:]]
-        self._kernels.nonlocal_block_backward(
-            *self._shape,
-            torch.are_deterministic_algorithms_enabled(),
-            torch.get_num_threads(),
-            self._dtype,
-            pointers,
-            x.data_ptr(),
-            self._x_strides,
-            grad_z.data_ptr(),
-            _strides(grad_z),
-            self._places(saved),
-            grad_x.data_ptr(),
-            self._z_strides,
-            [0 if grad is None else grad.data_ptr() for grad in grads],
+        grads = [None if each is None else torch.empty_like(each) for each in tensors]
+        self._kernel.backward(
+            *(grad_z, tensors, saved, grads),
+            *(torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()),
         )
-        return [grad_x, *grads]
-
-    def _places(self, saved: torch.Tensor | None) -> list[int]:
-        """Addresses of the parts of what is saved; 0 for what is absent."""
-        if saved is None or self._saved == 0:
-            return [0] * len(self._offsets)
-        start = saved.data_ptr()
-        return [0 if offset is None else start + offset for offset in self._offsets]
+        return grads
 
 
 def lent(count: int) -> torch.Tensor:
@@ -195,12 +162,19 @@ def lent(count: int) -> torch.Tensor:
 _calls: dict[Hashable, BlockCall] = {}
 
 
-def block_key(kind: str, tensors: Tensors, pool: object, residual: bool) -> tuple[Any, ...]:
-    """What a BlockCall depends on."""
-    key = [kind, pool, residual]
-    for each in tensors:
-        key += (None,) if each is None else (each.shape, each.stride(), each.dtype)
-    return tuple(key)
+def layout_key(tensors: Tensors) -> bytes | None:
+    """Types, sizes and strides of a tuple, as far as a BlockCall depends on them.
+
+    None where an address may not be taken: a tensor elsewhere than on the CPU, an imitation of one, one that
+    says it is negated or 0 without being written out, or no compiled kernels.
+    """
+    described = _described()
+    return None if described is None else described(tensors)
+
+
+@functools.cache
+def _described() -> Callable[[Tensors], bytes | None] | None:
+    return None if unavailable_reason() else native.cpu().layout_key
 
 
 def known_call(key: Hashable) -> BlockCall | None:
@@ -246,13 +220,6 @@ def _saved_counts(
 def _rounded(count: int) -> int:
     """Whole cache lines of float32."""
     return (count + 15) // 16 * 16
-
-
-def _addresses(tensors: Tensors) -> tuple[torch.Tensor, list[int]]:
-    """The first tensor, and where the others lie; 0 for what is absent."""
-    x, *others = tensors
-    assert x is not None
-    return x, [0 if each is None else each.data_ptr() for each in others]
 
 
 def _strides(x: torch.Tensor) -> tuple[int, ...]:

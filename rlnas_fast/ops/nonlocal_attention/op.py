@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from rlnas_fast.errors import ShapeError, unknown_name
@@ -69,7 +70,8 @@ def nonlocal_attention(
         return dot_product_attention(theta, phi, g)
     if kind == "concatenation":
         return concatenation_attention(theta, phi, g, backend)
-    if torch.is_grad_enabled() and (theta.requires_grad or phi.requires_grad or g.requires_grad):
+    wanted = torch.is_grad_enabled() and (theta.requires_grad or phi.requires_grad or g.requires_grad)
+    if wanted or forward_ad._current_level >= 0:  # autograd.Function says that it has no forward mode
         y: torch.Tensor = _Softmax.apply(theta, phi, g, backend)
         return y
     return _forward_op(theta, phi, g, backend)[0]
