@@ -191,12 +191,79 @@ static inline int64_t kept_tile(int64_t positions) {
   return kept_lanes((positions + tiles - 1) / tiles);
 }
 
+// to[j] = row . rows_j over channels; up to the next multiple of kWidth the rest is 0.
+static inline void row_products(const float* row, int64_t channels, Rows rows, int64_t count, float* to) {
+  for (int64_t j = 0; j < count; j += kWidth) {
+    Vec parts[kWidth] = {};
+    for (int64_t i = 0; i < std::min<int64_t>(kWidth, count - j); i++) {
+      const float* other = rows.at(j + i);
+      int64_t c = 0;
+      for (; c + kWidth <= channels; c += kWidth) parts[i] += load(row + c) * load(other + c);
+      if (c < channels) parts[i] += load_some(row + c, channels - c) * load_some(other + c, channels - c);
+    }
+    transpose(parts);
+    for (int half = kWidth / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    store(to + j, parts[0]);
+  }
+}
+
+// Queries of a tile that share lanes.  One that would be alone in a vector is worth a way of its own; of
+// images with odd sides every other one has such a query, for their squares are 1 or 9 over a multiple of 16.
+static inline int64_t shared_queries(int64_t count) {
+  return count > kWidth && count % kWidth == 1 ? count - 1 : count;
+}
+
+// What belongs to one query: a number a key, `ld` apart.
+static inline void gather_lane(const float* lane, int64_t ld, int64_t count, float* to) {
+  for (int64_t j = 0; j < count; j++) to[j] = lane[j * ld];
+  for (int64_t j = count; j % kWidth; j++) to[j] = 0.0f;
+}
+static inline void scatter_lane(const float* from, int64_t count, float* lane, int64_t ld) {
+  for (int64_t j = 0; j < count; j++) lane[j * ld] = from[j];
+}
+
+// attend_kept of one query.
+static inline void attend_kept_alone(const float* query, int64_t inner, const KeyValue& keys, float* lane,
+                                     int64_t ld, float* inverse) {
+  alignas(64) float terms[kKept + kWidth];
+  row_products(query, inner, keys.key, keys.count, terms);
+  float highest = terms[0];
+  for (int64_t j = 1; j < keys.count; j++) highest = terms[j] > highest ? terms[j] : highest;
+  Vec total = {};
+  for (int64_t j = 0; j < keys.count; j += kWidth) {
+    const int64_t some = std::min<int64_t>(kWidth, keys.count - j);
+    store(terms + j, exponential(load(terms + j) - highest));
+    total += load_some(terms + j, some);
+  }
+  *inverse = 1.0f / sum(total);
+  scatter_lane(terms, keys.count, lane, ld);
+}
+
+// The gradients of the logits of one query, from the gradient of its mean: attend_kept_backward.
+static inline void slopes_alone(const float* scaled, int64_t value, const KeyValue& keys, const float* lane,
+                                int64_t ld, float* grads, int64_t grads_ld) {
+  alignas(64) float terms[kKept + kWidth], slopes[kKept + kWidth];
+  row_products(scaled, value, keys.value, keys.count, slopes);
+  gather_lane(lane, ld, keys.count, terms);
+  Vec mass = {}, mean = {};
+  for (int64_t j = 0; j < keys.count; j += kWidth) {
+    const Vec p = load(terms + j);
+    mass += p;
+    mean += p * load(slopes + j);
+  }
+  const Vec delta = broadcast(sum(mean) / sum(mass));
+  for (int64_t j = 0; j < keys.count; j += kWidth)
+    store(slopes + j, load(terms + j) * (load(slopes + j) - delta));
+  scatter_lane(slopes, keys.count, grads, grads_ld);
+}
+
 // Fills terms, exp(logit - maximum), and the inverse of their sums; the mean of the values is the product of
 // the two.
 static inline void attend_kept(Rows query, int64_t count, int64_t inner, int64_t value, const KeyValue& keys,
                                Rows out, Rows terms, float* inverse, Ahead* ahead) {
-  const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
-  const Right queries = lanes_from(query, count, inner, scratch<kQueries>(kKeptTile * inner));
+  const int64_t shared = shared_queries(count), lanes = (shared + kWidth - 1) / kWidth * kWidth;
+  const Right queries = lanes_from(query, shared, inner, scratch<kQueries>(kKeptTile * inner));
   gemm<Order::row_major>(keys.count, lanes, inner, {keys.key.data, keys.key.ld}, queries,
                          {terms.data, terms.ld}, ahead);
   for (int64_t n = 0; n < lanes; n += kWidth) {
@@ -211,8 +278,10 @@ static inline void attend_kept(Rows query, int64_t count, int64_t inner, int64_t
       }
       total += part;
     }
-    store_some(inverse + n, 1.0f / total, std::min<int64_t>(kWidth, count - n));
+    store_some(inverse + n, 1.0f / total, std::min<int64_t>(kWidth, shared - n));
   }
+  if (shared < count)
+    attend_kept_alone(query.at(shared), inner, keys, terms.data + shared, terms.ld, inverse + shared);
   gemm<Order::depth_major>(count, value, keys.count, {terms.data, terms.ld}, {keys.value.data, keys.value.ld},
                            {out.data, out.ld, nullptr, 0, inverse}, ahead);
 }
@@ -222,8 +291,9 @@ static inline void attend_kept(Rows query, int64_t count, int64_t inner, int64_t
 static inline void attend_kept_backward(Rows query, Rows scaled, int64_t count, int64_t inner, int64_t value,
                                         const KeyValue& keys, Rows terms, Rows grad_query,
                                         const KeyValue& grad_keys, bool first, Ahead* ahead) {
-  const int64_t T = kept_lanes(count), lanes = (count + kWidth - 1) / kWidth * kWidth;
-  const Right upstream = lanes_from(scaled, count, value, scratch<kGradQueries>(kKeptTile * value));
+  const int64_t T = kept_lanes(count);
+  const int64_t shared = shared_queries(count), lanes = (shared + kWidth - 1) / kWidth * kWidth;
+  const Right upstream = lanes_from(scaled, shared, value, scratch<kGradQueries>(kKeptTile * value));
   float* grads = scratch<kGradLogits>(keys.count * T);
   gemm<Order::row_major>(keys.count, lanes, value, {keys.value.data, keys.value.ld}, upstream, {grads, T},
                          ahead);
@@ -238,6 +308,8 @@ static inline void attend_kept_backward(Rows query, Rows scaled, int64_t count, 
       store(grad, load(terms.at(j) + n) * (load(grad) - delta));
     }
   }
+  if (shared < count)
+    slopes_alone(scaled.at(shared), value, keys, terms.data + shared, terms.ld, grads + shared, T);
   gemm<Order::depth_major>(count, inner, keys.count, {grads, T}, {keys.key.data, keys.key.ld},
                            {grad_query.data, grad_query.ld}, ahead);
   const auto add_to = [first](Rows to) { return Out{to.data, to.ld, first ? nullptr : to.data, to.ld}; };
