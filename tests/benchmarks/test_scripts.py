@@ -1,4 +1,4 @@
-"""Every script in benchmarks/ can be loaded here: what it imports exists, and GPU ones need no GPU for that."""
+"""Every script in benchmarks/ can be loaded here: what it imports exists, and GPU ones need no GPU."""
 
 from __future__ import annotations
 
