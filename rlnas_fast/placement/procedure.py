@@ -85,10 +85,10 @@ class Placement:
     old are rewarded and the agent learns from them.
 
     What is scored for a reward normalises with the statistics of the validation batch wherever BatchNorm
-    trains: its running ones are of the stages that the last passes had, and fit no single one.  They have the
-    network's final accuracy to themselves (``validate``).  Source: Guo et al., Single Path One-Shot Neural
-    Architecture Search (2020), where statistics are collected anew for each path.  Deviation: from the
-    batch that is judged, since a reward comes every few passes.
+    trains: its running ones are of the stages that the last passes had, and fit no single one.  What
+    is reported (``validate``) uses the running ones, as the trained network will.  Source: Guo et al., Single
+    Path One-Shot Neural Architecture Search (2020), where statistics are collected anew for each path.
+    Deviation: from the batch that is judged, since a reward comes every few passes.
 
     Args:
         inserter: of the network, with its optimiser.
