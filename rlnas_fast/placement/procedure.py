@@ -84,6 +84,12 @@ class Placement:
     the agent chooses, and the block is inserted; the network trains; decisions that are ``rule.delay`` passes
     old are rewarded and the agent learns from them.
 
+    What is scored for a reward normalises with the statistics of the validation batch wherever BatchNorm
+    trains: its running ones are of the stages that the last passes had, and fit no single one.  What
+    is reported (``validate``) uses the running ones, as the trained network will.  Source: Guo et al., Single
+    Path One-Shot Neural Architecture Search (2020), where statistics are collected anew for each path.
+    Deviation: from the batch that is judged, since a reward comes every few passes.
+
     Args:
         inserter: of the network, with its optimiser.
         probe: of the same network; its statistics are the state.
@@ -248,10 +254,10 @@ class Placement:
         return torch.cat(right).cpu()
 
     def _take(self, batch: Batch) -> None:
+        self.network.train()
         if self._is_due(batch):
             self._choose(batch)
         assert self._held is not None
-        self.network.train()
         self.inserter.insert(self._held)
         self._train(batch)
         self.step += 1
@@ -344,15 +350,18 @@ class Placement:
         return self._without[2]
 
     def _score(self, action: int, judge: int) -> float:
+        # Running statistics are of whatever stages the last passes had: they fit no one of them, and say
+        # more about what was chosen before than about what a block is worth.
         batch = self._batches.validation[judge]
-        return METRICS[self.rule.metric](self._logits(action, batch.x), batch.y)
+        logits = self._logits(action, batch.x, batch_statistics=len(batch.y) > 1)
+        return METRICS[self.rule.metric](logits, batch.y)
 
-    def _logits(self, action: int, x: Tensor) -> Tensor:
+    def _logits(self, action: int, x: Tensor, *, batch_statistics: bool = False) -> Tensor:
         inserted = self.inserter.inserted
         self.inserter.remove()
         self.inserter.insert_again(action)
         try:
-            with observing(self.network):
+            with observing(self.network, batch_statistics=batch_statistics):
                 logits: Tensor = self.network(x)
                 return logits
         finally:

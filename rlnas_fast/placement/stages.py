@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ConfigError, DataError, ShapeError, unknown_name
 from ..nn import NonLocalBlock
@@ -146,16 +147,31 @@ def plain_network(network: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def observing(network: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients; modes and random state are afterwards what they were."""
+def observing(network: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]:
+    """Evaluation without gradients; modes and random state are afterwards what they were.
+
+    Args:
+        network: every BatchNorm of it uses its running statistics,
+        batch_statistics: except, with this, one that is in training mode: it uses those of the batch, which
+            needs at least 2 samples, and its running statistics stay as they are.
+    """
     modes = [(module, module.training) for module in network.modules()]
+    norms = [
+        (module, module.track_running_stats)
+        for module, training in modes
+        if batch_statistics and training and isinstance(module, _BatchNorm)
+    ]
     gpus = {p.device for p in network.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(gpus)), torch.no_grad():
         try:
             for module, _ in modes:
                 module.training = False
+            for norm, _ in norms:
+                norm.training, norm.track_running_stats = True, False
             yield
         finally:
+            for norm, tracked in norms:
+                norm.track_running_stats = tracked
             for module, training in modes:
                 module.training = training
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import stage_regimes
 import torch
-from bench_stage_selection import Judged, rows_of
+from bench_stage_selection import Judged, online_rows, rows_of
 from stage_study import LinUCB, every_regime, small_cnn
 
 from rlnas_fast.placement.supernet import OutcomeTable
@@ -112,3 +113,22 @@ def test_says_that_there_is_no_headroom_and_does_not_pass() -> None:
     assert not rows[0].holds()
     assert "no headroom" in rows[0].detail
     assert not any(row.holds() for row in rows_of([judged(0.4), judged(0.4)])[:2])
+
+
+def test_the_online_rows_are_of_every_training_and_tell_the_first_ones_apart() -> None:
+    def runs(first: float, second: float) -> np.ndarray:  # two seeds, two trainings; each ended with stage 3
+        return np.array([[[first, 1, 3], [second, 0, 3]]] * 2)
+
+    found = {f"fixed:{name}": runs(90, 90) for name in ("none", "stage1", "stage2")}
+    found |= {"fixed:stage3": runs(91, 91), "q-table": runs(89, 90.9)}
+    best, none, collapsed = online_rows("digits", found)
+    assert best.name == "digits: q-table - best fixed (stage3)"
+    assert best.measured == pytest.approx(-1.05)
+    assert (best.must, none.must) == (-0.5, -0.2)
+    assert not best.holds()
+    assert none.measured == pytest.approx(-0.05)
+    assert none.holds()
+    assert "the first training of each -1.00: seeds -1.00 -1.00" in none.detail
+    assert "of 4 trainings" in none.detail
+    assert (collapsed.measured, collapsed.unit) == (2.0, "of 4")
+    assert collapsed.detail == "ended with none 0, stage1 0, stage2 0, stage3 4"

@@ -17,6 +17,7 @@ from rlnas_fast.placement.inserter import NonLocalInserter
 from rlnas_fast.placement.probe import ActivationProbe
 from rlnas_fast.placement.procedure import FixedAgent, Placement, collapse_of
 from rlnas_fast.placement.rewards import AddedLatency, RewardRule
+from rlnas_fast.placement.stages import observing
 from rlnas_fast.tasks.digits import digits
 from rlnas_fast.training.data import DeviceData
 from rlnas_fast.training.recipe import Recipe
@@ -158,6 +159,62 @@ def test_a_bad_decision_is_taken_back_bit_for_bit() -> None:
     assert made.rewarded[0]["reverted"]
     run(made)
     assert made.step == 6
+
+
+def test_rewards_do_not_hang_on_what_running_statistics_are_of() -> None:
+    usual, fresh = placement(Script([1, 2, 3])), placement(Script([1, 2, 3]))
+    for module in fresh.network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0  # running statistics stay at 0 and 1, which fit no stage at all
+    run(usual)
+    run(fresh)
+    kept = ("stage", "before", "after", "without", "reward")
+    assert [[each[key] for key in kept] for each in usual.rewarded] == [
+        [each[key] for key in kept] for each in fresh.rewarded
+    ]
+    assert any(each["reward"] != 0.0 for each in usual.rewarded)
+    one, other = weights(usual), weights(fresh)
+    assert all(torch.equal(one[name], other[name]) for name in one if "running" not in name)
+    assert not torch.equal(one["stage1.0.1.running_mean"], other["stage1.0.1.running_mean"])
+
+
+def test_batch_statistics_leave_the_network_as_it_was() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.BatchNorm2d(3))
+    network[3].eval()  # one that its owner froze
+    network[3].running_mean.fill_(7.0)  # type: ignore[union-attr, operator]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    modes = [module.training for module in network.modules()]
+    x = 3 + torch.randn(16, 1, 6, 6)
+    with observing(network, batch_statistics=True):
+        seen = network(x)
+    with observing(network):
+        running = network(x)
+    first = nn.functional.batch_norm(network[0](x), None, None, network[1].weight, network[1].bias, True)
+    assert torch.allclose(seen, (first - 7.0) / (1 + network[3].eps) ** 0.5, atol=1e-6)
+    assert not torch.allclose(seen, running, atol=0.1)
+    assert [module.training for module in network.modules()] == modes
+    assert all(module.track_running_stats for module in network if isinstance(module, nn.BatchNorm2d))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_one_sample_may_judge_although_it_has_no_statistics() -> None:
+    network = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 4),
+    )  # fmt: skip
+    some = Few().all
+    batches = LoaderBatches(
+        [(each.x, each.y) for each in some], [(some[0].x[:1], some[0].y[:1]), some[1]], CPU
+    )
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+    inserter = NonLocalInserter(network, some[0].x, ["0"], optimizer=optimizer)
+    with ActivationProbe(network, ["0"]) as probe:
+        made = Placement(
+            inserter, probe, Script([1]), optimizer, batches, rate=lambda spent: 0.05, epochs=2
+        )  # fmt: skip
+        run(made)
+    assert len(made.rewarded) == 12 - 4 + 1
 
 
 @pytest.mark.parametrize("agent", ["q-table", "dqn", "reinforce", "ppo"])
