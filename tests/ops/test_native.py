@@ -81,6 +81,10 @@ def test_negated_tensors_are_what_they_say() -> None:
     torch.testing.assert_close(
         nonlocal_block(x, *weights, out), nonlocal_block(x.resolve_neg(), *weights, out.resolve_neg())
     )
+    leaf, upstream = torch.randn(2, 8, 5, 6, requires_grad=True), negated(2, 8, 5, 6)
+    z = nonlocal_block(leaf, *weights, weights[0].mT.contiguous())
+    ours, plain = (torch.autograd.grad(z, leaf, each, True)[0] for each in (upstream, upstream.resolve_neg()))
+    torch.testing.assert_close(ours, plain)
 
 
 # PyTorch loads its formulas at the first dual tensor.

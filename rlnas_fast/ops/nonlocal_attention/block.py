@@ -162,7 +162,7 @@ class _DirectBlock(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *tensors, saved = ctx.saved_tensors
-    return None, *ctx.call.backward(grad_z, tensors, saved)
+    return None, *ctx.call.backward(grad_z.resolve_neg(), tensors, saved)
 
 
 _gradients_once = once_differentiable(_gradients)
