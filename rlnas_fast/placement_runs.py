@@ -39,6 +39,9 @@ from .training.recipe import Recipe
 __all__ = ["PlacementConfig", "PlacementResult", "Progress", "load_placed", "place", "resume_place"]
 
 FIXED = "fixed:"
+# Of blocks that learn while they are compared, one that is chosen more often looks better for it: draws are
+# uniform until `explore_until` ends them.  Few rows, because rewards are few.
+OPTIONS: dict[str, dict[str, Any]] = {"q-table": {"rows": 4, "epsilon": 1.0}}
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,9 @@ def place(
         settings: of ``PlacementConfig``, where each is explained: ``stages``, ``epochs``, ``decide``,
             ``metric``, ``delay``, ``control``, ``latency_price``, ``revert_below``, ``explore_until``,
             ``regimes``, ``validation_batch``, ``seed``, ``device``, ``block``, ``agent_options``,
-            ``recipe``, ``task``.
+            ``recipe``, ``task``.  Where ``agent_options`` does not say otherwise, a "q-table" draws uniformly
+            while it explores and has four rows.
+
     Raises:
         ConfigError, ShapeError, DataError, MeterError: the input cannot be used; says which and why.
         RunError: ``out`` holds another run, or is being written.
@@ -331,7 +336,8 @@ def _agent(agent: Any, config: PlacementConfig, features: int, names: Sequence[s
         if name not in names:
             raise ConfigError(f"agent {agent!r}: there is no stage {name!r}; choose from {', '.join(names)}")
         return FixedAgent(names.index(name), len(names))
-    return make_agent(agent, features, len(names), seed=config.seed, **config.agent_options)
+    options = OPTIONS.get(agent, {}) | dict(config.agent_options)
+    return make_agent(agent, features, len(names), seed=config.seed, **options)
 
 
 def _options(what: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:

@@ -40,11 +40,9 @@ class QTableAgent:
 
     Args:
         radius: root mean square distance over the features, in their running standard deviations.
-        rows: most of them; more tell more kinds of state apart, and each learns from fewer rewards.
+        rows: most of them.
         learning_rate: of a value towards a reward, once it has been visited 1 / ``learning_rate`` times.
-        epsilon: probability of a uniform draw; a number or a schedule over updates, "start:end:updates".  Of
-            blocks that learn while they are compared, one that is chosen more often looks better for it, so
-            all draws are uniform unless it says otherwise; ``explore=False`` ends that.
+        epsilon: probability of a uniform draw; a number or a schedule over updates, "start:end:updates".
     """
 
     def __init__(
@@ -54,9 +52,9 @@ class QTableAgent:
         *,
         seed: int,
         radius: float = 0.5,
-        rows: int = 4,
+        rows: int = 32,
         learning_rate: float = 0.02,
-        epsilon: float | str = 1.0,
+        epsilon: float | str = "0.5:0.05:200",
     ) -> None:
         if radius <= 0 or rows < 1 or not 0 < learning_rate <= 1:
             raise ConfigError(
