@@ -361,6 +361,12 @@ def test_packed_products_take_any_strides_and_refuse_what_does_not_fit(kernel):
     for x in (wide[0, :1, :70], wide[0, :, 1:], torch.randn(70, 5).t(), wide[..., 1:], torch.randn(0, 70)):
         ours = masked_matmul(x, weight, mask, bias, packed=packed)
         torch.testing.assert_close(ours, masked_matmul(x, weight, mask, bias, backend="reference"))
+    x, bias = torch.randn(2, 70), torch.randn(45)
+    negated = torch._neg_view(x), torch._neg_view(bias)  # -x and -bias, not written out
+    torch.testing.assert_close(
+        masked_matmul(negated[0], weight, mask, negated[1], packed=packed),
+        -masked_matmul(x, weight, mask, bias, packed=packed),
+    )
     with pytest.raises(ShapeError, match="x must end in 70"):
         masked_matmul(torch.randn(1, 69), weight, mask, packed=packed)
     with pytest.raises(ShapeError, match="bias must be"):

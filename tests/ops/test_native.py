@@ -14,7 +14,7 @@ TABLE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
 class Imitation(torch.Tensor):
-    pass
+    """Behaves as a tensor, but whoever made it may want to hear of every call."""
 
 
 @pytest.fixture(params=["table", "attributes"], autouse=True)
@@ -93,7 +93,7 @@ def test_negated_tensors_are_what_they_say() -> None:
 def test_forward_mode_is_refused_and_not_forgotten(kind: str) -> None:
     channels = 1 if kind == "concatenation" else 4
     theta, phi, g = torch.randn(2, channels, 9), torch.randn(2, channels, 9), torch.randn(2, 4, 9)
-    with forward_ad.dual_level():
+    with forward_ad.dual_level():  # the refusals are PyTorch's own, of an autograd.Function without jvp
         dual = forward_ad.make_dual(theta, torch.ones_like(theta))
         with pytest.raises(NotImplementedError, match="forward mode"):
             nonlocal_attention(dual, phi, g, kind=kind)

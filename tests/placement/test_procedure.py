@@ -180,9 +180,10 @@ def test_rewards_do_not_hang_on_what_running_statistics_are_of() -> None:
 
 def test_batch_statistics_leave_the_network_as_it_was() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.BatchNorm2d(3))
-    network[3].eval()  # one that its owner froze
-    network[3].running_mean.fill_(7.0)  # type: ignore[union-attr, operator]
+    frozen = nn.BatchNorm2d(3).eval()  # by its owner
+    assert frozen.running_mean is not None
+    frozen.running_mean.fill_(7.0)
+    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5), frozen)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     modes = [module.training for module in network.modules()]
     x = 3 + torch.randn(16, 1, 6, 6)

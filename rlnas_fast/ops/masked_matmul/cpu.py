@@ -177,7 +177,11 @@ def takes(packed: Packed, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
         and x.is_cpu
         and not (x.requires_grad and torch.is_grad_enabled())
         and (packed.kernel != "direct" or x.shape[0] <= DIRECT_ROWS)
-        and (bias is None or (bias.dtype is x.dtype and bias.is_cpu and bias.shape == (rows,)))
+        and not x.is_neg()
+        and (
+            bias is None
+            or (bias.dtype is x.dtype and bias.is_cpu and bias.shape == (rows,) and not bias.is_neg())
+        )
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -396,7 +396,7 @@ def _packed_product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) 
         raise ConfigError(
             f"packed for at most {cpu.DIRECT_ROWS} rows of x, got {x.shape[0]}; pack with batch="
         )
-    return cpu.forward_packed(x, packed, bias)
+    return cpu.forward_packed(x.resolve_neg(), packed, None if bias is None else bias.resolve_neg())
 
 
 def _autocast(

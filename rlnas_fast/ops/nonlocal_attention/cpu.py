@@ -131,7 +131,9 @@ class BlockCall:
         self, tensors: Tensors, save: bool, clean: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns z and, if ``save``, what the backward needs; gaps within it are 0 if ``clean``."""
-        z = torch.empty_like(tensors[0])  # type: ignore[arg-type]
+        x = tensors[0]
+        assert x is not None
+        z = torch.empty_like(x)
         saved = lent(self._saved) if save else None
         if saved is not None and clean:
             saved.zero_()
