@@ -1,4 +1,4 @@
-// Binds the non-local kernels: pointers and strides in, nothing returned; the caller has checked shapes.
+// Binds the non-local kernels; the caller has checked shapes.
 #include "cpu/nonlocal_attention.h"
 
 #include <pybind11/pybind11.h>
@@ -20,6 +20,13 @@ using Strides = std::array<int64_t, 5>;  // batch, channel, depth, height, width
 
 View line(Pointer data, int dtype, const std::array<int64_t, 3>& s) {  // [batch, channel, position]
   return {reinterpret_cast<void*>(data), static_cast<DType>(dtype), s[0], s[1], {0, 0, s[2]}};
+}
+
+// Runs the task while other threads may run Python.
+template <class F>
+void unlocked(F task) {
+  const py::gil_scoped_release release;
+  task();
 }
 
 // A fused block for tensors of one layout.
@@ -44,48 +51,53 @@ class BlockKernel {
         z_strides_(z_strides),
         saved_(saved) {}
 
-  // tensors: x, theta, phi, g, out, their biases, pair; saved None keeps nothing.
-  void forward(const py::sequence& tensors, py::handle z, py::handle saved, bool deterministic,
-               int threads) const {
+  // tensors: x, theta, phi, g, out, their biases, pair; saved None keeps nothing.  Returns z.
+  py::object forward(const py::tuple& tensors, py::handle saved) const {
+    py::object z = empty_like(tensors[0]);
     const View from = view(address(tensors[0]), x_strides_), to = view(address(z), z_strides_);
     const BlockWeights weights = weights_of(tensors);
     const BlockSaved kept = places(saved);
-    const BlockShape shape = shape_of(deterministic, threads);
-    const py::gil_scoped_release release;
-    if (kind_ == kSoftmax) RLNAS_DISPATCH(block_forward, shape, weights, from, to, kept);
-    if (kind_ == kDotProduct) RLNAS_DISPATCH(dot_product_forward, shape, weights, from, to, kept);
-    if (kind_ == kConcatenation) RLNAS_DISPATCH(concatenation_forward, shape, weights, from, to, kept);
+    const BlockShape shape = shape_now();
+    unlocked([&] {
+      if (kind_ == kSoftmax) RLNAS_DISPATCH(block_forward, shape, weights, from, to, kept);
+      if (kind_ == kDotProduct) RLNAS_DISPATCH(dot_product_forward, shape, weights, from, to, kept);
+      if (kind_ == kConcatenation) RLNAS_DISPATCH(concatenation_forward, shape, weights, from, to, kept);
+    });
+    return z;
   }
 
-  // gradients: of the tensors, in their order.
-  void backward(py::handle grad_z, const py::sequence& tensors, py::handle saved,
-                const py::sequence& gradients, bool deterministic, int threads) const {
+  // Returns the gradients of the tensors, in their order.
+  py::tuple backward(py::handle grad_z, const py::tuple& tensors, py::handle saved) const {
+    py::tuple gradients(tensors.size());
+    for (size_t i = 0; i < tensors.size(); i++) gradients[i] = empty_like(tensors[i]);
     const View from = view(address(tensors[0]), x_strides_), to = view(address(gradients[0]), z_strides_);
     const View upstream = view(address(grad_z), strides(grad_z));
     const BlockWeights weights = weights_of(tensors);
     const auto at = [&](size_t i) { return address(gradients[i]); };
     const BlockGradients into{at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
     const BlockSaved kept = places(saved);
-    const BlockShape shape = shape_of(deterministic, threads);
-    const py::gil_scoped_release release;
-    if (kind_ == kSoftmax) RLNAS_DISPATCH(block_backward, shape, weights, from, upstream, kept, to, into);
-    if (kind_ == kDotProduct)
-      RLNAS_DISPATCH(dot_product_backward, shape, weights, from, upstream, kept, to, into);
-    if (kind_ == kConcatenation)
-      RLNAS_DISPATCH(concatenation_backward, shape, weights, from, upstream, kept, to, into);
+    const BlockShape shape = shape_now();
+    unlocked([&] {
+      if (kind_ == kSoftmax) RLNAS_DISPATCH(block_backward, shape, weights, from, upstream, kept, to, into);
+      if (kind_ == kDotProduct)
+        RLNAS_DISPATCH(dot_product_backward, shape, weights, from, upstream, kept, to, into);
+      if (kind_ == kConcatenation)
+        RLNAS_DISPATCH(concatenation_backward, shape, weights, from, upstream, kept, to, into);
+    });
+    return gradients;
   }
 
  private:
   View view(void* data, const Strides& s) const { return {data, dtype_, s[0], s[1], {s[2], s[3], s[4]}}; }
 
-  BlockShape shape_of(bool deterministic, int threads) const {
+  BlockShape shape_now() const {
     BlockShape shape = shape_;
-    shape.deterministic = deterministic;
-    shape.threads = threads;
+    shape.deterministic = deterministic();
+    shape.threads = threads();
     return shape;
   }
 
-  BlockWeights weights_of(const py::sequence& tensors) const {
+  BlockWeights weights_of(const py::tuple& tensors) const {
     const auto at = [&](size_t i) { return address(tensors[i]); };
     return {dtype_, at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
   }

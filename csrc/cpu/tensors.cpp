@@ -33,12 +33,19 @@ struct Known {
   PyObject* strided = nullptr;                       // the layout
   PyObject* is_neg = nullptr;                        // a method's name
   const DlExchange* exchange = nullptr;
+  PyObject *empty_like = nullptr, *deterministic = nullptr, *threads = nullptr;  // functions
 } known;
 
 DlTensor viewed(py::handle tensor) {
   DlTensor view{};
   if (known.exchange->view(tensor.ptr(), &view)) throw py::error_already_set();
   return view;
+}
+
+py::object called(PyObject* function) {
+  auto result = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(function));
+  if (!result) throw py::error_already_set();
+  return result;
 }
 
 py::object asked(py::handle tensor, const char* method) { return tensor.attr(method)(); }
@@ -95,10 +102,18 @@ py::object layout_key(const py::tuple& tensors) {
   return py::bytes(key);
 }
 
-// The types and the layout of plain tensors, and the table of C functions or None.
+// The types and the layout of plain tensors, the table of C functions or None, and functions of torch.
 void learn_tensors(const py::type& tensor, const py::type& parameter, const py::object& strided,
-                   const py::object& table) {
-  known = {tensor.ptr(), parameter.ptr(), strided.ptr(), PyUnicode_InternFromString("is_neg"), nullptr};
+                   const py::object& table, const py::object& empty_like, const py::object& deterministic,
+                   const py::object& threads) {
+  known = {tensor.ptr(),
+           parameter.ptr(),
+           strided.ptr(),
+           PyUnicode_InternFromString("is_neg"),
+           nullptr,
+           empty_like.inc_ref().ptr(),
+           deterministic.inc_ref().ptr(),
+           threads.inc_ref().ptr()};
   if (table.is_none()) return;
   const auto* exchange =
       static_cast<const DlExchange*>(PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"));
@@ -130,10 +145,21 @@ std::array<int64_t, 5> strides(py::handle tensor) {
   return to;
 }
 
+py::object empty_like(py::handle tensor) {
+  if (tensor.is_none()) return py::none();
+  auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(known.empty_like, tensor.ptr()));
+  if (!result) throw py::error_already_set();
+  return result;
+}
+
+bool deterministic() { return called(known.deterministic).ptr() == Py_True; }
+int threads() { return called(known.threads).cast<int>(); }
+
 }  // namespace rlnas
 
 void register_tensors(py::module_& module) {
   module.def("learn_tensors", &rlnas::learn_tensors, py::arg("tensor"), py::arg("parameter"),
-             py::arg("strided"), py::arg("table").none(true));
+             py::arg("strided"), py::arg("table").none(true), py::arg("empty_like"), py::arg("deterministic"),
+             py::arg("threads"));
   module.def("layout_key", &rlnas::layout_key, py::arg("tensors"));
 }

@@ -218,6 +218,7 @@ def layer_statistics(activations: Tensor, *, values: int | None = None) -> Layer
 
 def _looked_at(x: Tensor, values: int | None) -> LayerStatistics | Tensor:
     """The statistics of [B, C, *space], or the sample float32 [C, n] from which ``_statistics`` gets them."""
+    x = x.resolve_neg()  # the kernel reads what lies in memory
     places = _places(tuple(x.shape), x.stride(), values, x.device)
     kernel = _kernel() if x.is_cpu and x.dtype is torch.float32 and len(places) else None
     if kernel is None:

@@ -21,9 +21,10 @@ class Imitation(torch.Tensor):
 def _way(request: pytest.FixtureRequest) -> Iterator[None]:
     learn = native.cpu().learn_tensors
     plain = torch.Tensor, torch.nn.Parameter, torch.strided
-    learn(*plain, TABLE if request.param == "table" else None)
+    functions = torch.empty_like, torch.are_deterministic_algorithms_enabled, torch.get_num_threads
+    learn(*plain, TABLE if request.param == "table" else None, *functions)
     yield
-    learn(*plain, TABLE)
+    learn(*plain, TABLE, *functions)
 
 
 def negated(*shape: int) -> torch.Tensor:

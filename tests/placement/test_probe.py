@@ -98,6 +98,12 @@ def test_the_kernel_agrees_with_torch(isa: str, monkeypatch: pytest.MonkeyPatch)
         native.cpu().set_isa("auto")
 
 
+def test_activations_that_are_negated_without_being_written_out() -> None:
+    x = torch.complex(torch.zeros(8, 6, 5, 5), activations()[:8, :6, :5, :5]).conj().imag
+    assert x.is_neg()
+    assert layer_statistics(x) == layer_statistics(x.resolve_neg())
+
+
 def test_threads_change_nothing() -> None:
     x, threads = activations(), torch.get_num_threads()
     try:

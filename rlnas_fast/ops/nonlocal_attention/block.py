@@ -81,15 +81,16 @@ def nonlocal_block(
     """
     if len(biases) != 4:
         raise ShapeError(f"biases has {len(biases)} entries; expected 4: of theta, phi, g and out")
-    may_cast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+    compiling = torch.compiler.is_compiling()
+    may_cast = compiling or torch._C._is_any_autocast_enabled()
     if may_cast and x.device.type in AUTOCAST and torch.is_autocast_enabled(x.device.type):
         x, theta, phi, g, out, pair, *casted = _autocast(x, theta, phi, g, out, pair, *biases)
         biases = (casted[0], casted[1], casted[2], casted[3])
     tensors = (x, theta, phi, g, out, *biases, pair)
     key = None
     if (
-        backend in ("auto", "cpu")
-        and not torch.compiler.is_compiling()
+        not compiling
+        and backend in ("auto", "cpu")
         and _unwatched()
         and (layouts := cpu.layout_key(tensors)) is not None
     ):
@@ -161,8 +162,8 @@ class _DirectBlock(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    *tensors, saved = ctx.saved_tensors
-    return None, *ctx.call.backward(grad_z.resolve_neg(), tensors, saved)
+    kept = ctx.saved_tensors
+    return None, *ctx.call.backward(grad_z.resolve_neg(), kept[:-1], kept[-1])
 
 
 _gradients_once = once_differentiable(_gradients)
@@ -180,7 +181,7 @@ def _unwatched() -> bool:
     )
 
 
-def _direct(call: cpu.BlockCall, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def _direct(call: cpu.BlockCall, tensors: cpu.Tensors) -> torch.Tensor:
     if torch.is_grad_enabled():
         for each in tensors:
             if each is not None and each.requires_grad:

@@ -31,7 +31,9 @@ MOST_CALLS = 4096  # layouts remembered
 # So many float32 the C library hands back to the system and takes again, cleared page by page; what is less
 # it finds where the call before left it in the caches.
 LENT_FROM = 1 << 20
-Tensors = Sequence[torch.Tensor | None]  # x, theta, phi, g, out, their biases, and the pair of concatenation
+Tensors = tuple[
+    torch.Tensor | None, ...
+]  # x, theta, phi, g, out, their biases, and the pair of concatenation
 
 
 def unavailable_reason() -> str | None:
@@ -131,27 +133,15 @@ class BlockCall:
         self, tensors: Tensors, save: bool, clean: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns z and, if ``save``, what the backward needs; gaps within it are 0 if ``clean``."""
-        x = tensors[0]
-        assert x is not None
-        z = torch.empty_like(x)
         saved = lent(self._saved) if save else None
         if saved is not None and clean:
             saved.zero_()
-        self._kernel.forward(
-            tensors, z, saved, torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-        )
-        return z, saved
+        return self._kernel.forward(tensors, saved), saved
 
-    def backward(
-        self, grad_z: torch.Tensor, tensors: Tensors, saved: torch.Tensor
-    ) -> list[torch.Tensor | None]:
+    def backward(self, grad_z: torch.Tensor, tensors: Tensors, saved: torch.Tensor) -> Tensors:
         """Gradients to x, to the weights and, where there are biases and a pair, to them."""
-        grads = [None if each is None else torch.empty_like(each) for each in tensors]
-        self._kernel.backward(
-            *(grad_z, tensors, saved, grads),
-            *(torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()),
-        )
-        return grads
+        gradients: Tensors = self._kernel.backward(grad_z, tensors, saved)
+        return gradients
 
 
 def lent(count: int) -> torch.Tensor:
