@@ -31,9 +31,8 @@ MOST_CALLS = 4096  # layouts remembered
 # So many float32 the C library hands back to the system and takes again, cleared page by page; what is less
 # it finds where the call before left it in the caches.
 LENT_FROM = 1 << 20
-Tensors = tuple[
-    torch.Tensor | None, ...
-]  # x, theta, phi, g, out, their biases, and the pair of concatenation
+# x, theta, phi, g, out, their biases, and the pair of concatenation
+Tensors = tuple[torch.Tensor | None, ...]
 
 
 def unavailable_reason() -> str | None:
