@@ -8,6 +8,7 @@ namespace py = pybind11;
 
 // Each operation binds itself, in the file that checks and dispatches it.
 void register_nonlocal_attention(py::module_& module);
+void register_block_calls(py::module_& module);
 void register_concatenation(py::module_& module);
 void register_masked_matmul(py::module_& module);
 void register_activation_statistics(py::module_& module);
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("isa", [] { return rlnas::isa_name(rlnas::active_isa()); }, "The instruction set in use.");
   module.def("usable_isas", &rlnas::usable_isas, "The instruction sets of this CPU that kernels exist for.");
   register_nonlocal_attention(module);
+  register_block_calls(module);
   register_concatenation(module);
   register_masked_matmul(module);
   register_activation_statistics(module);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/simd.h"
 
@@ -58,60 +59,92 @@ class Ahead {
   int count_ = 0, at_ = 0;
 };
 
+constexpr int kLastSteps = kWidth == 16 ? 3 : 1;  // whose right operands fit the registers beside the sums
+
+// Writes rows [m, m + R) of C from column n on; `a` begins at row m.
+//
+// The last steps are taken row by row and each row is written as soon as it is done: two dozen stores in a
+// row would fill the store buffer and keep the products of the next tile waiting.  `c` is not copied for a
+// tile, for what vectors have copied is read back only once they are written.
 template <int R, int V, Order order, bool tail>
 static __attribute__((noinline)) void tile(int64_t depth, Left a, const float* __restrict b, int64_t ldb,
-                                           Out c, int64_t last) {
+                                           const Out& c, int64_t m, int64_t n, int64_t last) {
   Vec sums[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) sums[r][v] = Vec{};
   constexpr int kGroups = (R + 2) / 3;  // rows in threes: base, base + ld, base + 2 ld need one register each
-  const float* base[kGroups];
-  for (int i = 0; i < kGroups; i++) base[i] = a.data + 3 * i * (order == Order::row_major ? a.ld : 1);
   const int64_t row = order == Order::row_major ? a.ld : 1, step = order == Order::row_major ? 1 : a.ld;
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; k++) {
-    Vec right[V];
+  const float* base[kGroups];
+  base[0] = a.data;
+  for (int i = 1; i < kGroups; i++) base[i] = base[i - 1] + 3 * row;
+  const auto right_at = [&](int64_t k, Vec* right) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++)
-      right[v] = tail && v == V - 1 ? load_some(b + v * kWidth, last) : load(b + v * kWidth);
-    b += ldb;
+      right[v] =
+          tail && v == V - 1 ? load_some(b + k * ldb + v * kWidth, last) : load(b + k * ldb + v * kWidth);
+  };
+  const auto add = [&](int r, int64_t k, const Vec* right) __attribute__((always_inline)) {
+    const Vec left = broadcast(base[r / 3][(r % 3) * row + k * step]);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) sums[r][v] += left * right[v];
+  };
+  const auto steps = [&](int64_t count) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < count; k++) {
+      Vec right[V];
+      right_at(0, right);
+      b += ldb;
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) add(r, 0, right);
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroups; i++) base[i] += step;
+    }
+  };
+  float* data = c.data + m * c.ld + n;
+  const float *init = c.init ? c.init + m * c.init_ld + n : nullptr,
+              *scale = c.row_scale ? c.row_scale + m : nullptr;
+  const int64_t ld = c.ld, init_ld = c.init_ld;
+  const auto finish = [&](auto few) __attribute__((always_inline)) {
+    constexpr int kSteps = few();
+    Vec right[kSteps + 1][V];
+#pragma GCC unroll 4
+    for (int k = 0; k < kSteps; k++) right_at(k, right[k]);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      Vec left = broadcast(base[r / 3][(r % 3) * row]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) sums[r][v] += left * right[v];
-    }
 #pragma GCC unroll 4
-    for (int i = 0; i < kGroups; i++) base[i] += step;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
+      for (int k = 0; k < kSteps; k++) add(r, k, right[k]);
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) {
-      Vec result = sums[r][v];
-      if (c.init) {
-        const float* from = c.init + r * c.init_ld + v * kWidth;
-        result += tail && v == V - 1 ? load_some(from, last) : load(from);
+      for (int v = 0; v < V; v++) {
+        Vec sum = sums[r][v];
+        const bool some = tail && v == V - 1;
+        const float* from = init + r * init_ld + v * kWidth;
+        if (init) sum += some ? load_some(from, last) : load(from);
+        if (scale) sum *= scale[r];
+        if (some)
+          store_some(data + r * ld + v * kWidth, sum, last);
+        else
+          store(data + r * ld + v * kWidth, sum);
       }
-      if (c.row_scale) result *= c.row_scale[r];
-      float* to = c.data + r * c.ld + v * kWidth;
-      if (tail && v == V - 1)
-        store_some(to, result, last);
-      else
-        store(to, result);
     }
+  };
+  if (depth >= kLastSteps) {
+    steps(depth - kLastSteps);
+    finish(std::integral_constant<int, kLastSteps>{});
+  } else {
+    steps(depth);
+    finish(std::integral_constant<int, 0>{});
+  }
 }
 
 template <int V, Order order, bool tail, int R = kRows>
-RLNAS_INLINE void tile_of(int64_t rows, int64_t depth, Left a, const float* b, int64_t ldb, Out c,
-                          int64_t last) {
+RLNAS_INLINE void tile_of(int64_t rows, int64_t depth, Left a, const float* b, int64_t ldb, const Out& c,
+                          int64_t m, int64_t n, int64_t last) {
   if constexpr (R > 0) {
     if (rows == R)
-      tile<R, V, order, tail>(depth, a, b, ldb, c, last);
+      tile<R, V, order, tail>(depth, a, b, ldb, c, m, n, last);
     else
-      tile_of<V, order, tail, R - 1>(rows, depth, a, b, ldb, c, last);
+      tile_of<V, order, tail, R - 1>(rows, depth, a, b, ldb, c, m, n, last);
   }
 }
 
@@ -136,16 +169,14 @@ static void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, 
     for (int64_t m = 0; tiles > 0; tiles--) {
       const int64_t some = (rows - m + tiles - 1) / tiles;  // tiles of almost equal height
       const Left from{a.data + m * (order == Order::row_major ? a.ld : 1), a.ld};
-      const Out to{c.data + m * c.ld + n, c.ld, c.init ? c.init + m * c.init_ld + n : nullptr, c.init_ld,
-                   c.row_scale ? c.row_scale + m : nullptr};
       if (left > kWidth && last == 0)
-        tile_of<2, order, false>(some, depth, from, panel, b.ld, to, last);
+        tile_of<2, order, false>(some, depth, from, panel, b.ld, c, m, n, last);
       else if (left > kWidth)
-        tile_of<2, order, true>(some, depth, from, panel, b.ld, to, last);
+        tile_of<2, order, true>(some, depth, from, panel, b.ld, c, m, n, last);
       else if (last == 0)
-        tile_of<1, order, false>(some, depth, from, panel, b.ld, to, last);
+        tile_of<1, order, false>(some, depth, from, panel, b.ld, c, m, n, last);
       else
-        tile_of<1, order, true>(some, depth, from, panel, b.ld, to, last);
+        tile_of<1, order, true>(some, depth, from, panel, b.ld, c, m, n, last);
       if (ahead) ahead->step();
       m += some;
     }

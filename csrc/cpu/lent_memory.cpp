@@ -1,17 +1,21 @@
 // Memory that a forward keeps for its backward, lent again and again.  It is megabytes a call, which the C
 // library would hand back to the system and take again, cleared page by page.
-#include <pybind11/pybind11.h>
+#include "cpu/lent_memory.h"
 
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <vector>
+
+#include "cpu/tensors.h"
 
 namespace py = pybind11;
 
 namespace rlnas {
 namespace {
 
+constexpr int64_t kLentFrom = 1 << 20;  // floats; less is found where the call before left it in the caches
 constexpr size_t kMostIdle = size_t{64} << 20;  // bytes that wait to be lent; what is over goes back at once
 
 struct Block {
@@ -76,12 +80,19 @@ class Loan {
 };
 
 }  // namespace
+
+py::object lent(int64_t count) {
+  if (count < kLentFrom) return empty_floats(count);
+  return floats_in(py::cast(std::make_unique<Loan>(static_cast<size_t>(count))));
+}
+
 }  // namespace rlnas
 
 void register_lent_memory(py::module_& module) {
   using rlnas::Loan;
   py::class_<Loan>(module, "Loan", py::buffer_protocol(),
                    "float32 in memory that is lent again once nobody holds this; never cleared.")
-      .def(py::init<size_t>(), py::arg("floats"))
       .def_buffer(&Loan::buffer);
+  module.def("lent", &rlnas::lent, py::arg("count"), "float32 [count], not cleared, much of it lent again.");
+  module.attr("LENT_FROM") = rlnas::kLentFrom;
 }

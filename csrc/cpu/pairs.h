@@ -30,7 +30,7 @@ struct RightPairs {
 };
 struct PairOut {
   float* sums;  // float32 result, added to what is there if `accumulate`; or null, then
-  Half* half;   // bfloat16 result: init + bias + product, times row_scale
+  Half* half;   // bfloat16 result: bias + product, times row_scale or plus init
   int64_t ld;
   bool accumulate = false;
   const Half* init = nullptr;
@@ -39,6 +39,7 @@ struct PairOut {
   const float* row_scale = nullptr;
 };
 
+constexpr __mmask16 kAll = 0xffff;
 RLNAS_INLINE __mmask16 lanes_mask(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 RLNAS_INLINE Vec widened(__m256i half) { return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16); }
 RLNAS_INLINE __m256i narrowed(Vec v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
@@ -53,66 +54,113 @@ RLNAS_INLINE __m512i paired(__m256i low, __m256i high) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
-template <int R, int V, Order order>
+// What is done with the sums of a tile; known when it is compiled, for two dozen times its questions would
+// take longer than its answers.
+enum class Write { sums, added, half, scaled, begun };
+
+Write write_of(const PairOut& c) {
+  if (c.sums) return c.accumulate ? Write::added : Write::sums;
+  return c.row_scale ? Write::scaled : c.init ? Write::begun : Write::half;
+}
+
+// As `tile` of gemm.h.
+template <int R, int V, Order order, Write write>
 static __attribute__((noinline)) void pair_tile(int64_t pairs, LeftPairs a, const Pair* __restrict b,
-                                                int64_t ldb, PairOut c, int64_t last) {
+                                                int64_t ldb, const PairOut& c, int64_t m, int64_t n,
+                                                int64_t last) {
+  const __mmask16 some = lanes_mask(last);
   __m512 sums[R][V];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) sums[r][v] = _mm512_setzero_ps();
+  for (int v = 0; v < V; v++) {
+    const __m512 from = c.bias ? _mm512_maskz_loadu_ps(v == V - 1 ? some : kAll, c.bias + n + v * kWidth)
+                               : _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) sums[r][v] = from;
+  }
   constexpr int kGroups = (R + 2) / 3;
   const int64_t row = order == Order::row_major ? a.ld : 1, step = order == Order::row_major ? 1 : a.ld;
   const Pair* base[kGroups];
-  for (int i = 0; i < kGroups; i++) base[i] = a.data + 3 * i * row;
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < pairs; k++) {
-    __m512i right[V];
+  base[0] = a.data;
+  for (int i = 1; i < kGroups; i++) base[i] = base[i - 1] + 3 * row;
+  const auto right_at = [&](int64_t k, __m512i* right) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++)
-      right[v] = _mm512_maskz_loadu_epi32(v == V - 1 ? lanes_mask(last) : lanes_mask(16), b + v * kWidth);
-    b += ldb;
+      right[v] = _mm512_maskz_loadu_epi32(v == V - 1 ? some : kAll, b + k * ldb + v * kWidth);
+  };
+  const auto add = [&](int r, int64_t k, const __m512i* right) __attribute__((always_inline)) {
+    const __m512i left = _mm512_set1_epi32(static_cast<int>(base[r / 3][(r % 3) * row + k * step]));
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)left, (__m512bh)right[v]);
+  };
+  const auto steps = [&](int64_t count) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < count; k++) {
+      __m512i right[V];
+      right_at(0, right);
+      b += ldb;
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) add(r, 0, right);
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroups; i++) base[i] += step;
+    }
+  };
+  const int64_t ld = c.ld, init_ld = c.init_ld;
+  float* wide = c.sums + m * ld + n;
+  Half* half = c.half + m * ld + n;
+  const Half* init = c.init + m * init_ld + n;
+  const float* scale = c.row_scale + m;
+  const auto finish = [&](auto few) __attribute__((always_inline)) {
+    constexpr int kSteps = few();
+    __m512i right[kSteps + 1][V];
+#pragma GCC unroll 4
+    for (int k = 0; k < kSteps; k++) right_at(k, right[k]);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const __m512i left = _mm512_set1_epi32(static_cast<int>(base[r / 3][(r % 3) * row]));
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++)
-        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)left, (__m512bh)right[v]);
-    }
 #pragma GCC unroll 4
-    for (int i = 0; i < kGroups; i++) base[i] += step;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
+      for (int k = 0; k < kSteps; k++) add(r, k, right[k]);
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) {
-      const int64_t some = v == V - 1 ? last : kWidth;
-      Vec result = (Vec)sums[r][v];
-      if (c.sums) {
-        float* to = c.sums + r * c.ld + v * kWidth;
-        store_some(to, c.accumulate ? result + load_some(to, some) : result, some);
-        continue;
+      for (int v = 0; v < V; v++) {
+        const __mmask16 mask = v == V - 1 ? some : kAll;
+        __m512& sum = sums[r][v];
+        if constexpr (write == Write::added)
+          sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, wide + r * ld + v * kWidth));
+        if constexpr (write == Write::sums || write == Write::added)
+          _mm512_mask_storeu_ps(wide + r * ld + v * kWidth, mask, sum);
+        if constexpr (write == Write::scaled) sum = _mm512_mul_ps(sum, _mm512_set1_ps(scale[r]));
+        if constexpr (write == Write::begun)
+          sum = _mm512_add_ps(
+              sum, (__m512)widened(_mm256_maskz_loadu_epi16(mask, init + r * init_ld + v * kWidth)));
       }
-      if (c.bias) result += load_some(c.bias + v * kWidth, some);
-      if (c.init) result += load_half(c.init + r * c.init_ld + v * kWidth, some);
-      if (c.row_scale) result *= c.row_scale[r];
-      _mm256_mask_storeu_epi16(c.half + r * c.ld + v * kWidth, lanes_mask(some), narrowed(result));
+      if constexpr (write == Write::sums || write == Write::added)
+        continue;
+      else if constexpr (V == 2)
+        _mm512_mask_storeu_epi16(half + r * ld, _mm512_kunpackw(some, kAll),
+                                 (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
+      else
+        _mm256_mask_storeu_epi16(half + r * ld, some, narrowed((Vec)sums[r][0]));
     }
+  };
+  if (pairs >= kLastSteps) {
+    steps(pairs - kLastSteps);
+    finish(std::integral_constant<int, kLastSteps>{});
+  } else {
+    steps(pairs);
+    finish(std::integral_constant<int, 0>{});
+  }
 }
 
-template <int V, Order order, int R = kRows>
+template <int V, Order order, Write write, int R = kRows>
 RLNAS_INLINE void pair_tile_of(int64_t rows, int64_t pairs, LeftPairs a, const Pair* b, int64_t ldb,
-                               PairOut c, int64_t last) {
+                               const PairOut& c, int64_t m, int64_t n, int64_t last) {
   if constexpr (R > 0) {
     if (rows == R)
-      pair_tile<R, V, order>(pairs, a, b, ldb, c, last);
+      pair_tile<R, V, order, write>(pairs, a, b, ldb, c, m, n, last);
     else
-      pair_tile_of<V, order, R - 1>(rows, pairs, a, b, ldb, c, last);
+      pair_tile_of<V, order, write, R - 1>(rows, pairs, a, b, ldb, c, m, n, last);
   }
 }
 
-template <Order order>
-void pair_gemm(int64_t rows, int64_t columns, int64_t pairs, LeftPairs a, RightPairs b, PairOut c) {
+template <Order order, Write write>
+void pair_gemm_to(int64_t rows, int64_t columns, int64_t pairs, LeftPairs a, RightPairs b, const PairOut& c) {
   for (int64_t n = 0; n < columns; n += kPanel) {
     const int64_t left = std::min<int64_t>(columns - n, kPanel);
     const Pair* panel = b.data + n / kPanel * b.stride;
@@ -120,18 +168,23 @@ void pair_gemm(int64_t rows, int64_t columns, int64_t pairs, LeftPairs a, RightP
     for (int64_t m = 0; tiles > 0; tiles--) {
       const int64_t some = (rows - m + tiles - 1) / tiles;
       const LeftPairs from{a.data + m * (order == Order::row_major ? a.ld : 1), a.ld};
-      PairOut to = c;
-      if (to.sums) to.sums += m * c.ld + n;
-      if (to.half) to.half += m * c.ld + n;
-      if (to.init) to.init += m * c.init_ld + n;
-      if (to.bias) to.bias += n;
-      if (to.row_scale) to.row_scale += m;
       if (left > kWidth)
-        pair_tile_of<2, order>(some, pairs, from, panel, b.ld, to, left - kWidth);
+        pair_tile_of<2, order, write>(some, pairs, from, panel, b.ld, c, m, n, left - kWidth);
       else
-        pair_tile_of<1, order>(some, pairs, from, panel, b.ld, to, left);
+        pair_tile_of<1, order, write>(some, pairs, from, panel, b.ld, c, m, n, left);
       m += some;
     }
+  }
+}
+
+template <Order order>
+void pair_gemm(int64_t rows, int64_t columns, int64_t pairs, LeftPairs a, RightPairs b, const PairOut& c) {
+  switch (write_of(c)) {
+    case Write::sums: return pair_gemm_to<order, Write::sums>(rows, columns, pairs, a, b, c);
+    case Write::added: return pair_gemm_to<order, Write::added>(rows, columns, pairs, a, b, c);
+    case Write::half: return pair_gemm_to<order, Write::half>(rows, columns, pairs, a, b, c);
+    case Write::scaled: return pair_gemm_to<order, Write::scaled>(rows, columns, pairs, a, b, c);
+    case Write::begun: return pair_gemm_to<order, Write::begun>(rows, columns, pairs, a, b, c);
   }
 }
 

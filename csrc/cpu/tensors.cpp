@@ -28,12 +28,14 @@ struct DlExchange {
 
 constexpr int32_t kCpu = 1;
 
+// Parts of torch; all of them live as long as the process.
 struct Known {
-  PyObject *tensor = nullptr, *parameter = nullptr;  // types; all of this lives as long as the process
-  PyObject* strided = nullptr;                       // the layout
-  PyObject* is_neg = nullptr;                        // a method's name
-  const DlExchange* exchange = nullptr;
-  PyObject *empty_like = nullptr, *deterministic = nullptr, *threads = nullptr;  // functions
+  PyObject *tensor, *parameter;  // types
+  PyObject *strided, *float32;   // the layout and the dtype
+  PyObject *empty, *empty_like, *frombuffer, *deterministic, *threads, *grad_enabled;  // functions
+  PyObject* watchers[3];  // functions that say 0 or False where nobody looks on
+  PyObject *forward_ad, *level, *is_neg, *requires_grad;  // a module, and names
+  const DlExchange* exchange;
 } known;
 
 DlTensor viewed(py::handle tensor) {
@@ -42,11 +44,11 @@ DlTensor viewed(py::handle tensor) {
   return view;
 }
 
-py::object called(PyObject* function) {
-  auto result = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(function));
+py::object checked(PyObject* result) {
   if (!result) throw py::error_already_set();
-  return result;
+  return py::reinterpret_steal<py::object>(result);
 }
+py::object called(PyObject* function) { return checked(PyObject_CallNoArgs(function)); }
 
 py::object asked(py::handle tensor, const char* method) { return tensor.attr(method)(); }
 
@@ -54,66 +56,29 @@ void append(std::string& key, int64_t value) {
   key.append(reinterpret_cast<const char*>(&value), sizeof(value));
 }
 
-// Appends sizes, strides and dtype; false for what is not a plain tensor of this CPU.
-bool describe(py::handle tensor, std::string& key) {
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
-  if (type != known.tensor && type != known.parameter) return false;
-  const py::object negated =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), known.is_neg));
-  if (!negated) throw py::error_already_set();
-  if (negated.ptr() == Py_True) return false;
-  if (known.exchange) {
-    DlTensor view{};
-    if (known.exchange->view(tensor.ptr(), &view)) {  // no strides, or a device without memory
-      PyErr_Clear();
-      return false;
-    }
-    int64_t count = 1;
-    append(key, view.dimensions);
-    append(key, view.code * 256 + view.bits);
-    for (int i = 0; i < view.dimensions; i++) {
-      append(key, view.sizes[i]);
-      append(key, view.strides[i]);
-      count *= view.sizes[i];
-    }
-    return view.device_type == kCpu && (view.data || count == 0);
-  }
-  if (tensor.attr("layout").ptr() != known.strided) return false;
-  const py::tuple sizes = tensor.attr("shape"), steps = asked(tensor, "stride");
-  append(key, static_cast<int64_t>(sizes.size()));
-  append(key, reinterpret_cast<intptr_t>(tensor.attr("dtype").ptr()));
-  for (size_t i = 0; i < sizes.size(); i++) {
-    append(key, sizes[i].cast<int64_t>());
-    append(key, steps[i].cast<int64_t>());
-  }
-  return tensor.attr("is_cpu").ptr() == Py_True && asked(tensor, "_is_zerotensor").ptr() == Py_False;
-}
-
-// The layouts of tensors, each perhaps None, as bytes to look up a call by; None if one is not plain.
-py::object layout_key(const py::tuple& tensors) {
-  std::string key;
-  key.reserve(512);
-  for (const py::handle tensor : tensors) {
-    if (tensor.is_none())
-      append(key, -1);
-    else if (!describe(tensor, key))
-      return py::none();
-  }
-  return py::bytes(key);
-}
-
-// The types and the layout of plain tensors, the table of C functions or None, and functions of torch.
-void learn_tensors(const py::type& tensor, const py::type& parameter, const py::object& strided,
-                   const py::object& table, const py::object& empty_like, const py::object& deterministic,
-                   const py::object& threads) {
-  known = {tensor.ptr(),
-           parameter.ptr(),
-           strided.ptr(),
+// Parts of torch by name, and the table of C functions or None.
+void learn_torch(const py::object& torch, const py::object& table) {
+  const auto part = [](const py::object& of, const char* name) {
+    return py::object(of.attr(name)).release().ptr();
+  };
+  const py::object c = torch.attr("_C");
+  known = {part(torch, "Tensor"),
+           part(torch.attr("nn"), "Parameter"),
+           part(torch, "strided"),
+           part(torch, "float32"),
+           part(torch, "empty"),
+           part(torch, "empty_like"),
+           part(torch, "frombuffer"),
+           part(c, "_get_deterministic_algorithms"),
+           part(torch, "get_num_threads"),
+           part(torch, "is_grad_enabled"),
+           {part(c, "_len_torch_dispatch_stack"), part(c, "_is_tracing"),
+            part(c, "_are_functorch_transforms_active")},
+           part(torch.attr("autograd"), "forward_ad"),
+           PyUnicode_InternFromString("_current_level"),
            PyUnicode_InternFromString("is_neg"),
-           nullptr,
-           empty_like.inc_ref().ptr(),
-           deterministic.inc_ref().ptr(),
-           threads.inc_ref().ptr()};
+           PyUnicode_InternFromString("requires_grad"),
+           nullptr};
   if (table.is_none()) return;
   const auto* exchange =
       static_cast<const DlExchange*>(PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"));
@@ -147,19 +112,70 @@ std::array<int64_t, 5> strides(py::handle tensor) {
 
 py::object empty_like(py::handle tensor) {
   if (tensor.is_none()) return py::none();
-  auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(known.empty_like, tensor.ptr()));
-  if (!result) throw py::error_already_set();
-  return result;
+  return checked(PyObject_CallOneArg(known.empty_like, tensor.ptr()));
+}
+
+py::object float32_from(PyObject* function, py::handle argument) {
+  PyObject* const arguments[] = {argument.ptr(), known.float32};
+  static PyObject* const names = py::make_tuple("dtype").release().ptr();
+  return checked(PyObject_Vectorcall(function, arguments, 1, names));
+}
+py::object empty_floats(int64_t count) { return float32_from(known.empty, py::int_(count)); }
+py::object floats_in(py::handle buffer) { return float32_from(known.frombuffer, buffer); }
+
+bool negated(py::handle tensor) {
+  return checked(PyObject_CallMethodNoArgs(tensor.ptr(), known.is_neg)).ptr() == Py_True;
+}
+
+bool requires_grad(py::handle tensor) {
+  return checked(PyObject_GetAttr(tensor.ptr(), known.requires_grad)).ptr() == Py_True;
+}
+
+bool append_layout(py::handle tensor, std::string& key) {
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+  if ((type != known.tensor && type != known.parameter) || negated(tensor)) return false;
+  if (known.exchange) {
+    DlTensor view{};
+    if (known.exchange->view(tensor.ptr(), &view)) {  // no strides, or a device without memory
+      PyErr_Clear();
+      return false;
+    }
+    int64_t count = 1;
+    append(key, view.dimensions);
+    append(key, view.code * 256 + view.bits);
+    for (int i = 0; i < view.dimensions; i++) {
+      append(key, view.sizes[i]);
+      append(key, view.strides[i]);
+      count *= view.sizes[i];
+    }
+    return view.device_type == kCpu && (view.data || count == 0);
+  }
+  if (tensor.attr("layout").ptr() != known.strided) return false;
+  const py::tuple sizes = tensor.attr("shape"), steps = asked(tensor, "stride");
+  append(key, static_cast<int64_t>(sizes.size()));
+  append(key, reinterpret_cast<intptr_t>(tensor.attr("dtype").ptr()));
+  for (size_t i = 0; i < sizes.size(); i++) {
+    append(key, sizes[i].cast<int64_t>());
+    append(key, steps[i].cast<int64_t>());
+  }
+  return tensor.attr("is_cpu").ptr() == Py_True && asked(tensor, "_is_zerotensor").ptr() == Py_False;
+}
+
+bool unwatched() {
+  for (PyObject* const watcher : known.watchers) {
+    const int watches = PyObject_IsTrue(called(watcher).ptr());
+    if (watches < 0) throw py::error_already_set();
+    if (watches) return false;
+  }
+  return checked(PyObject_GetAttr(known.forward_ad, known.level)).cast<int>() < 0;
 }
 
 bool deterministic() { return called(known.deterministic).ptr() == Py_True; }
 int threads() { return called(known.threads).cast<int>(); }
+bool grad_enabled() { return called(known.grad_enabled).ptr() == Py_True; }
 
 }  // namespace rlnas
 
 void register_tensors(py::module_& module) {
-  module.def("learn_tensors", &rlnas::learn_tensors, py::arg("tensor"), py::arg("parameter"),
-             py::arg("strided"), py::arg("table").none(true), py::arg("empty_like"), py::arg("deterministic"),
-             py::arg("threads"));
-  module.def("layout_key", &rlnas::layout_key, py::arg("tensors"));
+  module.def("learn_torch", &rlnas::learn_torch, py::arg("torch"), py::arg("table").none(true));
 }

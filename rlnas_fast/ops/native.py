@@ -21,11 +21,7 @@ def cpu() -> ModuleType:
         KernelUnavailable: it was not built, or cannot be loaded.
     """
     module = _load("_cpu", "install the package with a C++17 compiler: pip install .")
-    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    module.learn_tensors(
-        *(torch.Tensor, torch.nn.Parameter, torch.strided, table, torch.empty_like),
-        *(torch.are_deterministic_algorithms_enabled, torch.get_num_threads),
-    )
+    module.learn_torch(torch, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
     return module
 
 

@@ -6,29 +6,30 @@ import threading
 
 import pytest
 import torch
-from nonlocal_attention_checks import BLOCKS, block_operands, check_block
+from nonlocal_attention_checks import block_operands, check_block
 
+from rlnas_fast.ops import native
 from rlnas_fast.ops.nonlocal_attention import cpu
 
-FLOATS = cpu.LENT_FROM + 5
+FLOATS = native.cpu().LENT_FROM + 5
 
 
 def test_memory_goes_from_one_holder_to_the_next() -> None:
-    first = cpu.lent(FLOATS)
+    first = native.cpu().lent(FLOATS)
     assert first.shape == (FLOATS,)
     assert first.dtype == torch.float32
     assert first.data_ptr() % 64 == 0
     address = first.data_ptr()
     del first
-    assert cpu.lent(FLOATS).data_ptr() == address
+    assert native.cpu().lent(FLOATS).data_ptr() == address
 
 
 def test_memory_that_a_view_holds_is_lent_to_nobody_else() -> None:
-    whole = cpu.lent(FLOATS)
+    whole = native.cpu().lent(FLOATS)
     part = whole[3:9].fill_(7)
     address = whole.data_ptr()
     del whole
-    other = cpu.lent(FLOATS).fill_(0)
+    other = native.cpu().lent(FLOATS).fill_(0)
     assert other.data_ptr() != address
     assert part.tolist() == [7] * 6
 
@@ -38,7 +39,7 @@ def test_threads_never_hold_the_same_memory() -> None:
 
     def holder(mark: int) -> None:
         for _ in range(20):
-            held = cpu.lent(FLOATS).fill_(mark)
+            held = native.cpu().lent(FLOATS).fill_(mark)
             if not bool((held == mark).all()):
                 failures.append(mark)
 
@@ -51,12 +52,18 @@ def test_threads_never_hold_the_same_memory() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["gaussian", "embedded_gaussian", "dot_product", "concatenation"])
-def test_block_in_lent_memory_that_holds_nan(kind: str, dtype: torch.dtype, monkeypatch) -> None:
-    lent = cpu.lent
-    monkeypatch.setattr(cpu, "LENT_FROM", 1)
-    monkeypatch.setattr(cpu, "lent", lambda count: lent(count).fill_(torch.nan))
+@pytest.mark.parametrize(
+    ("kind", "pool", "depth"),
+    [
+        ("gaussian", 1, 32), ("gaussian", 2, 32), ("embedded_gaussian", 1, 16), ("embedded_gaussian", 2, 16),
+        ("dot_product", 1, 16), ("dot_product", 2, 16), ("concatenation", 1, 1),
+    ],
+)  # fmt: skip
+def test_block_in_lent_memory_that_holds_nan(kind: str, pool: int, depth: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    for case in BLOCKS[:2]:
-        x, weights = block_operands(case, dtype)
-        check_block(x, weights, case[-1], kind)
+    x, weights = block_operands(((4000, 32, 3, 5), 16, 16, pool), dtype)
+    size = cpu.saved_size(kind, x.shape, depth, 16, (pool, pool))
+    assert size >= native.cpu().LENT_FROM
+    native.cpu().lent(size).fill_(torch.nan)
+    check_block(x, weights, pool, kind)
+    assert not native.cpu().lent(size).isnan().all()  # it was in this memory

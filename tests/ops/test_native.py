@@ -19,12 +19,10 @@ class Imitation(torch.Tensor):
 
 @pytest.fixture(params=["table", "attributes"], autouse=True)
 def _way(request: pytest.FixtureRequest) -> Iterator[None]:
-    learn = native.cpu().learn_tensors
-    plain = torch.Tensor, torch.nn.Parameter, torch.strided
-    functions = torch.empty_like, torch.are_deterministic_algorithms_enabled, torch.get_num_threads
-    learn(*plain, TABLE if request.param == "table" else None, *functions)
+    learn = native.cpu().learn_torch
+    learn(torch, TABLE if request.param == "table" else None)
     yield
-    learn(*plain, TABLE, *functions)
+    learn(torch, TABLE)
 
 
 def negated(*shape: int) -> torch.Tensor:
@@ -34,17 +32,31 @@ def negated(*shape: int) -> torch.Tensor:
     return x
 
 
-def test_a_key_tells_layouts_apart() -> None:
-    key = native.cpu().layout_key
+def test_a_call_is_found_by_layouts_and_options() -> None:
     x = torch.randn(2, 3, 4)
-    others = [
-        (x.double(),), (x.to(torch.bfloat16),), (x.to(torch.float16),), (x[:1],), (x.transpose(1, 2),),
+    layouts = [
+        (x,), (x.double(),), (x.to(torch.bfloat16),), (x.to(torch.float16),), (x[:1],), (x.transpose(1, 2),),
         (x.transpose(1, 2).contiguous(),), (x[:, :, ::2],), (x.flatten(1),), (x, None), (None, x), (x, x),
     ]  # fmt: skip
-    keys = {key(tensors) for tensors in [(x,), *others]}
-    assert len(keys) == 1 + len(others)
-    assert None not in keys
-    assert key((torch.nn.Parameter(x),)) == key((x.clone(),)) == key((x + 1,))
+    options: list[tuple[object, ...]] = [
+        ("a", None), ("b", None), ("a", 0), ("a", 1), ("a", True), ("a", False), ("a", (1, 2)), ("a", (2, 1)),
+        ("a", 1, 2), ("a", ()), ("a", "b"), ("ab",), (),
+    ]  # fmt: skip
+    calls = native.cpu().BlockCalls()
+    wanted = {}
+    for tensors in layouts:
+        for each in options:
+            assert calls.find(tensors, each) is None
+            wanted[len(wanted)] = tensors, each
+            calls.add(tensors, each, len(wanted) - 1)
+    for kernel, (tensors, each) in wanted.items():
+        assert calls.find(tensors, each) == kernel
+    for same in (torch.nn.Parameter(x), x.clone(), x + 1):
+        assert calls.find((same,), ("a", [1, 2])) == calls.find((x,), ("a", (1, 2)))
+        assert calls.find((same,), ("a", (1, 2))) == 6
+    for unusual in ("a", 1.5), ("a", {}), ("a", (1.0, 2)), ("a", 1 << 70):
+        calls.add((x,), unusual, 0)
+        assert calls.find((x,), unusual) is None
 
 
 @pytest.mark.parametrize(
@@ -58,8 +70,12 @@ def test_a_key_tells_layouts_apart() -> None:
     ],
     ids=["meta", "sparse", "zero", "negated", "imitation"],
 )
-def test_only_plain_tensors_have_a_key(tensor: torch.Tensor) -> None:
-    assert native.cpu().layout_key((torch.randn(2), tensor)) is None
+def test_only_plain_tensors_are_served(tensor: torch.Tensor) -> None:
+    calls, plain = native.cpu().BlockCalls(), torch.randn(2)
+    assert calls.serves((plain, None))
+    assert not calls.serves((plain, tensor))
+    calls.add((plain, tensor), (), 0)
+    assert calls.find((plain, tensor), ()) is None
 
 
 def test_a_block_of_either_way() -> None:

@@ -8,7 +8,7 @@ composed from ``nonlocal_attention``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,16 +87,11 @@ def nonlocal_block(
         x, theta, phi, g, out, pair, *casted = _autocast(x, theta, phi, g, out, pair, *biases)
         biases = (casted[0], casted[1], casted[2], casted[3])
     tensors = (x, theta, phi, g, out, *biases, pair)
-    key = None
-    if (
-        not compiling
-        and backend in ("auto", "cpu")
-        and _unwatched()
-        and (layouts := cpu.layout_key(tensors)) is not None
-    ):
-        key = backend, kind, tuple(pool) if isinstance(pool, list) else pool, residual, layouts
-        if (known := cpu.known_call(key)) is not None:
-            return _direct(known, tensors)
+    calls, options = None, (kind, pool, residual, backend)
+    if not compiling and backend in ("auto", "cpu") and (calls := cpu.block_calls()) is not None:
+        z: torch.Tensor | None = calls.call(tensors, options)
+        if z is not None:
+            return z
     wanted = forward_ad._current_level >= 0 or (  # autograd.Function says that it has no forward mode
         torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
     )
@@ -105,8 +100,11 @@ def nonlocal_block(
         return reference.nonlocal_block(
             x, theta, phi, g, out, biases=biases, pair=pair, kind=kind, pool=tuple(windows), residual=residual
         )
-    if route == "fused" and key is not None:
-        return _direct(cpu.block_call(key, kind, tensors, windows, residual), tensors)
+    if route == "fused" and calls is not None and calls.serves(tensors):
+        calls.add(tensors, options, cpu.block_kernel(kind, tensors, windows, residual))
+        z = calls.call(tensors, options)
+        if z is not None:
+            return z
     if pair is not None and theta is not None and phi is not None and _trivial(windows):
         # Two linear maps in a row are one; a pooling would stand between phi and its part of the pair.
         first, second = pair.unflatten(0, (2, 1, -1))
@@ -116,7 +114,7 @@ def nonlocal_block(
     if route == "fused":
         operands = (x, theta, phi, g, out, *biases)
         if wanted:
-            z: torch.Tensor = _Block.apply(windows, residual, kind, *operands)
+            z = _Block.apply(windows, residual, kind, *operands)
             return z
         return _forward_op(*operands, windows, residual, False, kind)[0]
     if theta is None or phi is None or route == "composed":
@@ -144,49 +142,6 @@ class _Block(torch.autograd.Function):
         tensors, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
         present = iter(_backward_op(grad_z, *tensors, list(saved), *ctx.settings))
         return (None, None, None, *(None if tensor is None else next(present) for tensor in tensors))
-
-
-class _DirectBlock(torch.autograd.Function):
-    """_Block without the dispatcher, which would take longer than the products of a small image."""
-
-    @staticmethod
-    def forward(ctx: Any, call: cpu.BlockCall, *tensors: torch.Tensor | None) -> torch.Tensor:
-        z, saved = call.forward(tensors, True)
-        ctx.save_for_backward(*tensors, saved)
-        ctx.call = call
-        return z
-
-    @staticmethod
-    def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _gradients_once(ctx, grad_z) if torch.is_grad_enabled() else _gradients(ctx, grad_z)
-
-
-def _gradients(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    kept = ctx.saved_tensors
-    return None, *ctx.call.backward(grad_z.resolve_neg(), kept[:-1], kept[-1])
-
-
-_gradients_once = once_differentiable(_gradients)
-# Function.apply without its questions about functorch, which _unwatched has asked.
-_apply_direct: Callable[..., torch.Tensor] = super(torch.autograd.Function, _DirectBlock).apply
-
-
-def _unwatched() -> bool:
-    """Says whether nobody traces, counts or transforms operators, so that kernels may be called at once."""
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
-def _direct(call: cpu.BlockCall, tensors: cpu.Tensors) -> torch.Tensor:
-    if torch.is_grad_enabled():
-        for each in tensors:
-            if each is not None and each.requires_grad:
-                return _apply_direct(call, *tensors)
-    return call.forward(tensors, False)[0]
 
 
 def _composed(
@@ -449,19 +404,22 @@ def _split(
     return tensors[0], tensors[1:5], (first, second, third, fourth), tensors[9:]
 
 
-def _call_of(tensors: tuple[Any, ...], windows: list[int], residual: bool, kind: str) -> cpu.BlockCall:
-    layouts = cpu.layout_key(tensors)
-    if layouts is None:
-        return cpu.BlockCall(kind, tensors, windows, residual)
-    return cpu.block_call((kind, tuple(windows), residual, layouts), kind, tensors, windows, residual)
+def _kernel_of(tensors: tuple[Any, ...], windows: list[int], residual: bool, kind: str) -> Any:
+    calls, options = cpu.block_calls(), (kind, windows, residual)
+    kernel = None if calls is None else calls.find(tensors, options)
+    if kernel is None:
+        kernel = cpu.block_kernel(kind, tensors, windows, residual)
+        if calls is not None:
+            calls.add(tensors, options, kernel)
+    return kernel
 
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     x, weights, biases, (windows, residual, save, kind) = _split(arguments)
     if x.device.type == "cpu":
         tensors = (*arguments[:9], None)
-        call = _call_of(tensors, windows, residual, kind)
-        z, kept = call.forward(tensors, save, clean=True)  # a compiler may compare runs
+        kernel = _kernel_of(tensors, windows, residual, kind)
+        z, kept = kernel.forward(tensors, save, clean=True)  # a compiler may compare runs
         return z, [] if kept is None else [kept]
     from rlnas_fast.ops.nonlocal_attention import triton_block, triton_dot
 
@@ -476,8 +434,8 @@ def _backward(grad_z: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     x, weights, biases, (saved, windows, residual, kind) = _split(arguments)
     if x.device.type == "cpu":
         tensors = (*arguments[:9], None)
-        call = _call_of(tensors, windows, residual, kind)
-        return [each for each in call.backward(grad_z, tensors, saved[0]) if each is not None]
+        gradients = _kernel_of(tensors, windows, residual, kind).backward(grad_z, tensors, saved[0])
+        return [each for each in gradients if each is not None]
     from rlnas_fast.ops.nonlocal_attention import triton_block
 
     grad_x, gradients = triton_block.block_backward(

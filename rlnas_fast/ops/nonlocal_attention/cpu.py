@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from rlnas_fast.errors import KernelUnavailable
 from rlnas_fast.ops import native
 
 __all__ = [
-    "BlockCall",
     "attention_backward",
     "attention_forward",
-    "block_call",
-    "known_call",
-    "layout_key",
+    "block_calls",
+    "block_kernel",
     "like_queries",
     "saved_size",
     "unavailable_reason",
@@ -27,10 +27,6 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"gaussian": 0, "embedded_gaussian": 0, "dot_product": 1, "concatenation": 2}  # the fused blocks
 KEPT = 256  # most positions of an image whose softmax is kept for the backward, as kKept in nonlocal_core.h
-MOST_CALLS = 4096  # layouts remembered
-# So many float32 the C library hands back to the system and takes again, cleared page by page; what is less
-# it finds where the call before left it in the caches.
-LENT_FROM = 1 << 20
 # x, theta, phi, g, out, their biases, and the pair of concatenation
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -98,89 +94,58 @@ def _attention_sizes(theta: torch.Tensor, g: torch.Tensor) -> tuple[int, ...]:
     return theta.shape[0], theta.shape[2], g.shape[2], theta.shape[1], g.shape[1]
 
 
-class BlockCall:
+def block_kernel(kind: str, tensors: Tensors, pool: Sequence[int], residual: bool) -> Any:
     """A fused block for tensors of one layout: sizes, strides and offsets are worked out once.
 
     One of KINDS; x [B, C, *space] of any strides, contiguous weights, biases and pair of its dtype, as in
-    ``nonlocal_block``; without pair, theta and phi of concatenation are [1, C].  A call then costs the host
-    only its allocations and addresses.
+    ``nonlocal_block``; without pair, theta and phi of concatenation are [1, C].
+
+    Returns:
+        A ``BlockKernel`` of csrc/cpu/block_calls.cpp: ``forward(tensors, save, clean)`` and
+        ``backward(grad_z, tensors, saved)``, whose calls cost the host their allocations and addresses.
     """
-
-    def __init__(self, kind: str, tensors: Tensors, pool: Sequence[int], residual: bool) -> None:
-        x, theta, _, g = tensors[:4]
-        assert x is not None
-        assert g is not None
-        inner = x.shape[1] if theta is None else theta.shape[0]  # the Gaussian kind compares x itself
-        depth = 1 if kind == "concatenation" else inner
-        missing = 5 - x.dim()
-        counts = _saved_counts(kind, x.shape, depth, g.shape[0], pool)
-        ends = list(itertools.accumulate(_rounded(count) for count in counts))
-        self._saved = ends[-1]
-        self._kernel = native.cpu().BlockKernel(
-            KINDS[kind],
-            (x.shape[0], x.shape[1], inner, g.shape[0]),
-            (1,) * missing + tuple(x.shape[2:]),
-            (1,) * missing + tuple(pool),
-            residual,
-            DTYPES[x.dtype],
-            _strides(x),
-            _strides(torch.empty_like(x, device="meta")),
-            [4 * (end - _rounded(count)) if count else -1 for end, count in zip(ends, counts, strict=True)],
-        )
-
-    def forward(
-        self, tensors: Tensors, save: bool, clean: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns z and, if ``save``, what the backward needs; gaps within it are 0 if ``clean``."""
-        saved = lent(self._saved) if save else None
-        if saved is not None and clean:
-            saved.zero_()
-        return self._kernel.forward(tensors, saved), saved
-
-    def backward(self, grad_z: torch.Tensor, tensors: Tensors, saved: torch.Tensor) -> Tensors:
-        """Gradients to x, to the weights and, where there are biases and a pair, to them."""
-        gradients: Tensors = self._kernel.backward(grad_z, tensors, saved)
-        return gradients
-
-
-def lent(count: int) -> torch.Tensor:
-    """float32 [count], not cleared; much comes from memory that goes from each holder to the next."""
-    if count < LENT_FROM:
-        return torch.empty(count, dtype=torch.float32)
-    return torch.frombuffer(native.cpu().Loan(count), dtype=torch.float32)
-
-
-_calls: dict[Hashable, BlockCall] = {}
-
-
-def layout_key(tensors: Tensors) -> bytes | None:
-    """Types, sizes and strides of a tuple, as far as a BlockCall depends on them.
-
-    None where an address may not be taken: a tensor elsewhere than on the CPU, an imitation of one, one that
-    says it is negated or 0 without being written out, or no compiled kernels.
-    """
-    described = _described()
-    return None if described is None else described(tensors)
+    x, theta, _, g = tensors[:4]
+    assert x is not None
+    assert g is not None
+    inner = x.shape[1] if theta is None else theta.shape[0]  # the Gaussian kind compares x itself
+    depth = 1 if kind == "concatenation" else inner
+    missing = 5 - x.dim()
+    counts = _saved_counts(kind, x.shape, depth, g.shape[0], pool)
+    ends = list(itertools.accumulate(_rounded(count) for count in counts))
+    return native.cpu().BlockKernel(
+        KINDS[kind],
+        (x.shape[0], x.shape[1], inner, g.shape[0]),
+        (1,) * missing + tuple(x.shape[2:]),
+        (1,) * missing + tuple(pool),
+        residual,
+        DTYPES[x.dtype],
+        _strides(x),
+        _strides(torch.empty_like(x, device="meta")),
+        [4 * (end - _rounded(count)) if count else -1 for end, count in zip(ends, counts, strict=True)],
+        ends[-1],
+    )
 
 
 @functools.cache
-def _described() -> Callable[[Tensors], bytes | None] | None:
-    return None if unavailable_reason() else native.cpu().layout_key
+def block_calls() -> Any | None:
+    """The blocks called so far, with an autograd.Function that does without the dispatcher.
 
+    The dispatcher would take longer than the products of a small image.
 
-def known_call(key: Hashable) -> BlockCall | None:
-    """The call that ``block_call`` remembers under this key."""
-    return _calls.get(key)
+    Returns:
+        ``BlockCalls`` of csrc/cpu/block_calls.cpp; None where there are no compiled kernels.
+    """
+    if unavailable_reason():
+        return None
+    calls = native.cpu().BlockCalls()
 
+    class DirectBlock(torch.autograd.Function):
+        forward = staticmethod(calls.forward)
+        backward = staticmethod(calls.backward)
 
-def block_call(key: Hashable, kind: str, tensors: Tensors, pool: Sequence[int], residual: bool) -> BlockCall:
-    """Returns the call for these tensors and remembers it under the key."""
-    call = _calls.get(key)
-    if call is None:
-        if len(_calls) >= MOST_CALLS:
-            _calls.clear()
-        call = _calls[key] = BlockCall(kind, tensors, pool, residual)
-    return call
+    # Function.apply without its questions about functorch, which `call` has asked.
+    calls.bind(super(torch.autograd.Function, DirectBlock).apply, once_differentiable(calls.backward))
+    return calls
 
 
 def saved_size(kind: str, shape: Sequence[int], inner: int, value: int, pool: Sequence[int]) -> int:
