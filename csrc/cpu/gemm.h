@@ -44,7 +44,7 @@ class Ahead {
     for (int lines = kLines; lines > 0 && at_ < count_;) {
       Span& span = spans_[at_];
       for (; lines > 0 && span.left > 0; lines--, span.from += 64, span.left -= 64)
-        __builtin_prefetch(span.from, 1, 2);
+        __builtin_prefetch(span.from, 0, 2);
       if (span.left <= 0) at_++;
     }
   }
@@ -54,7 +54,7 @@ class Ahead {
     const char* from;
     int64_t left;
   };
-  static constexpr int kSpans = 8, kLines = 16;
+  static constexpr int kSpans = 8, kLines = 32;
   Span spans_[kSpans];
   int count_ = 0, at_ = 0;
 };

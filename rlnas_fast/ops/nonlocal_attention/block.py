@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._C import _is_any_autocast_enabled
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from rlnas_fast.errors import ShapeError, unknown_name
 from rlnas_fast.ops.nonlocal_attention import cpu, reference
@@ -81,8 +83,8 @@ def nonlocal_block(
     """
     if len(biases) != 4:
         raise ShapeError(f"biases has {len(biases)} entries; expected 4: of theta, phi, g and out")
-    compiling = torch.compiler.is_compiling()
-    may_cast = compiling or torch._C._is_any_autocast_enabled()
+    compiling = is_compiling()
+    may_cast = compiling or _is_any_autocast_enabled()
     if may_cast and x.device.type in AUTOCAST and torch.is_autocast_enabled(x.device.type):
         x, theta, phi, g, out, pair, *casted = _autocast(x, theta, phi, g, out, pair, *biases)
         biases = (casted[0], casted[1], casted[2], casted[3])
@@ -218,7 +220,7 @@ def _routed(
 
     ``wanted`` says whether gradients are.
     """
-    if torch.compiler.is_compiling():  # once a graph, whose shapes may be symbols
+    if is_compiling():  # once a graph, whose shapes may be symbols
         return _route(tensors, kind, pool, backend, wanted)
     key = (
         kind, backend, wanted, tuple(pool) if isinstance(pool, list) else pool,
@@ -261,7 +263,7 @@ def _route(
     dense = all(each is None or each.is_contiguous() for each in tensors[1:])
     if dense and _fused(kind, x, (theta, phi, g, out), biases, windows, backend, wanted):
         return _Route(windows, "fused")
-    if kind == "dot_product" and not torch.compiler.is_compiling():  # a compiler fuses the plain form itself
+    if kind == "dot_product" and not is_compiling():  # a compiler fuses the plain form itself
         order = dot_product_algorithm(x.shape, inner, g.shape[0], windows, x.device.type)[0]
         if order in ("gram", "reassociated"):
             return _Route(windows, order)
