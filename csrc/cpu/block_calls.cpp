@@ -141,7 +141,10 @@ bool append_option(py::handle option, std::string& key) {
   } else if (PyUnicode_CheckExact(o)) {
     Py_ssize_t size = 0;
     const char* const text = PyUnicode_AsUTF8AndSize(o, &size);
-    if (!text) throw py::error_already_set();
+    if (!text) {  // half of a surrogate pair
+      PyErr_Clear();
+      return false;
+    }
     number('s', size);
     key.append(text, static_cast<size_t>(size));
   } else if (PyTuple_CheckExact(o) || PyList_CheckExact(o)) {

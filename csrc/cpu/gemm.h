@@ -118,8 +118,10 @@ static __attribute__((noinline)) void tile(int64_t depth, Left a, const float* _
       for (int v = 0; v < V; v++) {
         Vec sum = sums[r][v];
         const bool some = tail && v == V - 1;
-        const float* from = init + r * init_ld + v * kWidth;
-        if (init) sum += some ? load_some(from, last) : load(from);
+        if (init) {
+          const float* from = init + r * init_ld + v * kWidth;
+          sum += some ? load_some(from, last) : load(from);
+        }
         if (scale) sum *= scale[r];
         if (some)
           store_some(data + r * ld + v * kWidth, sum, last);

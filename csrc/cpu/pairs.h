@@ -104,10 +104,11 @@ static __attribute__((noinline)) void pair_tile(int64_t pairs, LeftPairs a, cons
     }
   };
   const int64_t ld = c.ld, init_ld = c.init_ld;
-  float* wide = c.sums + m * ld + n;
-  Half* half = c.half + m * ld + n;
-  const Half* init = c.init + m * init_ld + n;
-  const float* scale = c.row_scale + m;
+  const auto beyond = [](auto* data, int64_t count) { return data ? data + count : nullptr; };
+  float* wide = beyond(c.sums, m * ld + n);
+  Half* half = beyond(c.half, m * ld + n);
+  const Half* init = beyond(c.init, m * init_ld + n);
+  const float* scale = beyond(c.row_scale, m);
   const auto finish = [&](auto few) __attribute__((always_inline)) {
     constexpr int kSteps = few();
     __m512i right[kSteps + 1][V];

@@ -30,8 +30,8 @@ constexpr int32_t kCpu = 1;
 
 // Parts of torch; all of them live as long as the process.
 struct Known {
-  PyObject *tensor, *parameter;  // types
-  PyObject *strided, *float32;   // the layout and the dtype
+  PyObject *tensor, *parameter;       // types
+  PyObject *strided, *float32, *cpu;  // the layout, the dtype, the device
   PyObject *empty, *empty_like, *frombuffer, *deterministic, *threads, *grad_enabled;  // functions
   PyObject* watchers[3];  // functions that say 0 or False where nobody looks on
   PyObject *forward_ad, *level, *is_neg, *requires_grad;  // a module, and names
@@ -66,6 +66,7 @@ void learn_torch(const py::object& torch, const py::object& table) {
            part(torch.attr("nn"), "Parameter"),
            part(torch, "strided"),
            part(torch, "float32"),
+           torch.attr("device")("cpu").release().ptr(),
            part(torch, "empty"),
            part(torch, "empty_like"),
            part(torch, "frombuffer"),
@@ -115,13 +116,18 @@ py::object empty_like(py::handle tensor) {
   return checked(PyObject_CallOneArg(known.empty_like, tensor.ptr()));
 }
 
-py::object float32_from(PyObject* function, py::handle argument) {
-  PyObject* const arguments[] = {argument.ptr(), known.float32};
-  static PyObject* const names = py::make_tuple("dtype").release().ptr();
-  return checked(PyObject_Vectorcall(function, arguments, 1, names));
+py::object empty_floats(int64_t count) {  // on the CPU whatever device is the default
+  const py::int_ size(count);
+  PyObject* const arguments[] = {size.ptr(), known.float32, known.cpu};
+  static PyObject* const names = py::make_tuple("dtype", "device").release().ptr();
+  return checked(PyObject_Vectorcall(known.empty, arguments, 1, names));
 }
-py::object empty_floats(int64_t count) { return float32_from(known.empty, py::int_(count)); }
-py::object floats_in(py::handle buffer) { return float32_from(known.frombuffer, buffer); }
+
+py::object floats_in(py::handle buffer) {
+  PyObject* const arguments[] = {buffer.ptr(), known.float32};
+  static PyObject* const names = py::make_tuple("dtype").release().ptr();
+  return checked(PyObject_Vectorcall(known.frombuffer, arguments, 1, names));
+}
 
 bool negated(py::handle tensor) {
   return checked(PyObject_CallMethodNoArgs(tensor.ptr(), known.is_neg)).ptr() == Py_True;

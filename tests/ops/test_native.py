@@ -92,6 +92,18 @@ def test_a_block_of_either_way() -> None:
         torch.testing.assert_close(ours, plain, atol=2e-5, rtol=1e-5)
 
 
+def test_a_default_device_is_that_of_others() -> None:
+    x, weights = torch.randn(2, 8, 5, 6, requires_grad=True), [torch.randn(4, 8) for _ in range(3)]
+    out, upstream = torch.randn(8, 4), torch.randn(2, 8, 5, 6)
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(nonlocal_block(x, *weights, out), x, upstream)[0]
+
+    wanted = gradient()
+    with torch.device("meta"):
+        torch.testing.assert_close(gradient(), wanted)
+
+
 def test_negated_tensors_are_what_they_say() -> None:
     x, weights = negated(2, 8, 5, 6), [torch.randn(4, 8) for _ in range(3)]
     out = negated(8, 4)
