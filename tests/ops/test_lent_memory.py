@@ -6,9 +6,9 @@ import threading
 
 import pytest
 import torch
-from nonlocal_attention_checks import block_operands, check_block
+from nonlocal_attention_checks import block_operands
 
-from rlnas_fast.ops import native
+from rlnas_fast.ops import native, nonlocal_block
 from rlnas_fast.ops.nonlocal_attention import cpu
 
 FLOATS = native.cpu().LENT_FROM + 5
@@ -59,11 +59,28 @@ def test_threads_never_hold_the_same_memory() -> None:
         ("dot_product", 1, 16), ("dot_product", 2, 16), ("concatenation", 1, 1),
     ],
 )  # fmt: skip
-def test_block_in_lent_memory_that_holds_nan(kind: str, pool: int, depth: int, dtype: torch.dtype) -> None:
+def test_block_reads_nothing_of_lent_memory(kind: str, pool: int, depth: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weights = block_operands(((4000, 32, 3, 5), 16, 16, pool), dtype)
-    size = cpu.saved_size(kind, x.shape, depth, 16, (pool, pool))
+    pair = torch.randn(32).to(dtype) if kind == "concatenation" else None
+    skipped = 2 if kind == "gaussian" else 0
+    leaves = [each.requires_grad_() for each in (x, *weights[skipped:4], *weights[4 + skipped :])]
+    size, upstream = cpu.saved_size(kind, x.shape, depth, 16, (pool, pool)), torch.randn(x.shape).to(dtype)
     assert size >= native.cpu().LENT_FROM
-    native.cpu().lent(size).fill_(torch.nan)
-    check_block(x, weights, pool, kind)
-    assert not native.cpu().lent(size).isnan().all()  # it was in this memory
+
+    def results(found: float) -> list[torch.Tensor]:
+        native.cpu().lent(size).fill_(found)
+        given = [None] * skipped + weights[skipped:4]
+        biases = (*[None] * skipped, *weights[4 + skipped :])
+        z = nonlocal_block(x, *given, biases=biases, pair=pair, kind=kind, pool=pool)
+        gradients = torch.autograd.grad(z, leaves, upstream)
+        z = z.detach()  # gives the memory back
+        assert not native.cpu().lent(size).isnan().all()  # it was in this memory
+        return [z, *gradients]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        for ours, same in zip(results(torch.nan), results(0.0), strict=True):
+            assert torch.equal(ours, same)
+    finally:
+        torch.use_deterministic_algorithms(False)
