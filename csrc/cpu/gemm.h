@@ -61,73 +61,49 @@ class Ahead {
 
 constexpr int kLastSteps = kWidth == 16 ? 3 : 1;  // whose right operands fit the registers beside the sums
 
-// Writes rows [m, m + R) of C from column n on; `a` begins at row m.
+// Takes all steps of a tile of R rows and V vectors: for each, `add` adds to sums[r][v] an element of the
+// left operand `a` times a vector that `load` reads from the right operand `b`; `done` writes row r.
 //
 // The last steps are taken row by row and each row is written as soon as it is done: two dozen stores in a
-// row would fill the store buffer and keep the products of the next tile waiting.  `c` is not copied for a
-// tile, for what vectors have copied is read back only once they are written.
-template <int R, int V, Order order, bool tail>
-static __attribute__((noinline)) void tile(int64_t depth, Left a, const float* __restrict b, int64_t ldb,
-                                           const Out& c, int64_t m, int64_t n, int64_t last) {
-  Vec sums[R][V];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) sums[r][v] = Vec{};
+// row would fill the store buffer and keep the products of the next tile waiting.
+template <int R, int V, Order order, class Operand, class Load, class Add, class Done>
+RLNAS_INLINE void take_steps(int64_t depth, Operand a, Operand b, Load load, Add add, Done done) {
   constexpr int kGroups = (R + 2) / 3;  // rows in threes: base, base + ld, base + 2 ld need one register each
   const int64_t row = order == Order::row_major ? a.ld : 1, step = order == Order::row_major ? 1 : a.ld;
-  const float* base[kGroups];
+  decltype(a.data) base[kGroups];
   base[0] = a.data;
   for (int i = 1; i < kGroups; i++) base[i] = base[i - 1] + 3 * row;
-  const auto right_at = [&](int64_t k, Vec* right) __attribute__((always_inline)) {
+  using Vector = decltype(load(b.data, 0));
+  const auto load_all = [&](int64_t k, Vector* right) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++)
-      right[v] =
-          tail && v == V - 1 ? load_some(b + k * ldb + v * kWidth, last) : load(b + k * ldb + v * kWidth);
+    for (int v = 0; v < V; v++) right[v] = load(b.data + k * b.ld + v * kWidth, v);
   };
-  const auto add = [&](int r, int64_t k, const Vec* right) __attribute__((always_inline)) {
-    const Vec left = broadcast(base[r / 3][(r % 3) * row + k * step]);
+  const auto add_all = [&](int r, int64_t k, const Vector* right) __attribute__((always_inline)) {
+    const auto left = base[r / 3][(r % 3) * row + k * step];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) sums[r][v] += left * right[v];
+    for (int v = 0; v < V; v++) add(r, v, left, right[v]);
   };
   const auto steps = [&](int64_t count) __attribute__((always_inline)) {
     for (int64_t k = 0; k < count; k++) {
-      Vec right[V];
-      right_at(0, right);
-      b += ldb;
+      Vector right[V];
+      load_all(0, right);
+      b.data += b.ld;
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++) add(r, 0, right);
+      for (int r = 0; r < R; r++) add_all(r, 0, right);
 #pragma GCC unroll 4
       for (int i = 0; i < kGroups; i++) base[i] += step;
     }
   };
-  float* data = c.data + m * c.ld + n;
-  const float *init = c.init ? c.init + m * c.init_ld + n : nullptr,
-              *scale = c.row_scale ? c.row_scale + m : nullptr;
-  const int64_t ld = c.ld, init_ld = c.init_ld;
   const auto finish = [&](auto few) __attribute__((always_inline)) {
     constexpr int kSteps = few();
-    Vec right[kSteps + 1][V];
+    Vector right[kSteps + 1][V];
 #pragma GCC unroll 4
-    for (int k = 0; k < kSteps; k++) right_at(k, right[k]);
+    for (int k = 0; k < kSteps; k++) load_all(k, right[k]);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
-      for (int k = 0; k < kSteps; k++) add(r, k, right[k]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) {
-        Vec sum = sums[r][v];
-        const bool some = tail && v == V - 1;
-        if (init) {
-          const float* from = init + r * init_ld + v * kWidth;
-          sum += some ? load_some(from, last) : load(from);
-        }
-        if (scale) sum *= scale[r];
-        if (some)
-          store_some(data + r * ld + v * kWidth, sum, last);
-        else
-          store(data + r * ld + v * kWidth, sum);
-      }
+      for (int k = 0; k < kSteps; k++) add_all(r, k, right[k]);
+      done(r);
     }
   };
   if (depth >= kLastSteps) {
@@ -137,6 +113,44 @@ static __attribute__((noinline)) void tile(int64_t depth, Left a, const float* _
     steps(depth);
     finish(std::integral_constant<int, 0>{});
   }
+}
+
+// Writes rows [m, m + R) of C from column n on; `a` begins at row m.  `c` is not copied for a tile, for what
+// vectors have copied is read back only once they are written.
+template <int R, int V, Order order, bool tail>
+static __attribute__((noinline)) void tile(int64_t depth, Left a, const float* b, int64_t ldb, const Out& c,
+                                           int64_t m, int64_t n, int64_t last) {
+  Vec sums[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) sums[r][v] = Vec{};
+  float* data = c.data + m * c.ld + n;
+  const float *init = c.init ? c.init + m * c.init_ld + n : nullptr,
+              *scale = c.row_scale ? c.row_scale + m : nullptr;
+  const int64_t ld = c.ld, init_ld = c.init_ld;
+  take_steps<R, V, order>(
+      depth, a, Left{b, ldb},
+      [&](const float* at, int v)
+          __attribute__((always_inline)) { return tail && v == V - 1 ? load_some(at, last) : load(at); },
+      [&](int r, int v, float left, Vec right)
+          __attribute__((always_inline)) { sums[r][v] += broadcast(left) * right; },
+      [&](int r) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) {
+          Vec sum = sums[r][v];
+          const bool some = tail && v == V - 1;
+          if (init) {
+            const float* from = init + r * init_ld + v * kWidth;
+            sum += some ? load_some(from, last) : load(from);
+          }
+          if (scale) sum *= scale[r];
+          if (some)
+            store_some(data + r * ld + v * kWidth, sum, last);
+          else
+            store(data + r * ld + v * kWidth, sum);
+        }
+      });
 }
 
 template <int V, Order order, bool tail, int R = kRows>

@@ -65,88 +65,54 @@ Write write_of(const PairOut& c) {
 
 // As `tile` of gemm.h.
 template <int R, int V, Order order, Write write>
-static __attribute__((noinline)) void pair_tile(int64_t pairs, LeftPairs a, const Pair* __restrict b,
-                                                int64_t ldb, const PairOut& c, int64_t m, int64_t n,
-                                                int64_t last) {
+static __attribute__((noinline)) void pair_tile(int64_t pairs, LeftPairs a, const Pair* b, int64_t ldb,
+                                                const PairOut& c, int64_t m, int64_t n, int64_t last) {
   const __mmask16 some = lanes_mask(last);
+  const auto mask_of = [&](int v) __attribute__((always_inline)) { return v == V - 1 ? some : kAll; };
   __m512 sums[R][V];
 #pragma GCC unroll 2
   for (int v = 0; v < V; v++) {
-    const __m512 from = c.bias ? _mm512_maskz_loadu_ps(v == V - 1 ? some : kAll, c.bias + n + v * kWidth)
-                               : _mm512_setzero_ps();
+    const __m512 from =
+        c.bias ? _mm512_maskz_loadu_ps(mask_of(v), c.bias + n + v * kWidth) : _mm512_setzero_ps();
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) sums[r][v] = from;
   }
-  constexpr int kGroups = (R + 2) / 3;
-  const int64_t row = order == Order::row_major ? a.ld : 1, step = order == Order::row_major ? 1 : a.ld;
-  const Pair* base[kGroups];
-  base[0] = a.data;
-  for (int i = 1; i < kGroups; i++) base[i] = base[i - 1] + 3 * row;
-  const auto right_at = [&](int64_t k, __m512i* right) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++)
-      right[v] = _mm512_maskz_loadu_epi32(v == V - 1 ? some : kAll, b + k * ldb + v * kWidth);
-  };
-  const auto add = [&](int r, int64_t k, const __m512i* right) __attribute__((always_inline)) {
-    const __m512i left = _mm512_set1_epi32(static_cast<int>(base[r / 3][(r % 3) * row + k * step]));
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)left, (__m512bh)right[v]);
-  };
-  const auto steps = [&](int64_t count) __attribute__((always_inline)) {
-    for (int64_t k = 0; k < count; k++) {
-      __m512i right[V];
-      right_at(0, right);
-      b += ldb;
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) add(r, 0, right);
-#pragma GCC unroll 4
-      for (int i = 0; i < kGroups; i++) base[i] += step;
-    }
-  };
   const int64_t ld = c.ld, init_ld = c.init_ld;
   const auto beyond = [](auto* data, int64_t count) { return data ? data + count : nullptr; };
   float* wide = beyond(c.sums, m * ld + n);
   Half* half = beyond(c.half, m * ld + n);
   const Half* init = beyond(c.init, m * init_ld + n);
   const float* scale = beyond(c.row_scale, m);
-  const auto finish = [&](auto few) __attribute__((always_inline)) {
-    constexpr int kSteps = few();
-    __m512i right[kSteps + 1][V];
-#pragma GCC unroll 4
-    for (int k = 0; k < kSteps; k++) right_at(k, right[k]);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-#pragma GCC unroll 4
-      for (int k = 0; k < kSteps; k++) add(r, k, right[k]);
+  take_steps<R, V, order>(
+      pairs, a, LeftPairs{b, ldb},
+      [&](const Pair* at, int v)
+          __attribute__((always_inline)) { return _mm512_maskz_loadu_epi32(mask_of(v), at); },
+      [&](int r, int v, uint32_t left, __m512i right) __attribute__((always_inline)) {
+        const __m512i all = _mm512_set1_epi32(static_cast<int>(left));
+        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)all, (__m512bh)right);
+      },
+      [&](int r) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) {
-        const __mmask16 mask = v == V - 1 ? some : kAll;
-        __m512& sum = sums[r][v];
-        if constexpr (write == Write::added)
-          sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, wide + r * ld + v * kWidth));
+        for (int v = 0; v < V; v++) {
+          __m512& sum = sums[r][v];
+          if constexpr (write == Write::added)
+            sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask_of(v), wide + r * ld + v * kWidth));
+          if constexpr (write == Write::sums || write == Write::added)
+            _mm512_mask_storeu_ps(wide + r * ld + v * kWidth, mask_of(v), sum);
+          if constexpr (write == Write::scaled) sum = _mm512_mul_ps(sum, _mm512_set1_ps(scale[r]));
+          if constexpr (write == Write::begun) {
+            const __m256i from = _mm256_maskz_loadu_epi16(mask_of(v), init + r * init_ld + v * kWidth);
+            sum = _mm512_add_ps(sum, (__m512)widened(from));
+          }
+        }
         if constexpr (write == Write::sums || write == Write::added)
-          _mm512_mask_storeu_ps(wide + r * ld + v * kWidth, mask, sum);
-        if constexpr (write == Write::scaled) sum = _mm512_mul_ps(sum, _mm512_set1_ps(scale[r]));
-        if constexpr (write == Write::begun)
-          sum = _mm512_add_ps(
-              sum, (__m512)widened(_mm256_maskz_loadu_epi16(mask, init + r * init_ld + v * kWidth)));
-      }
-      if constexpr (write == Write::sums || write == Write::added)
-        continue;
-      else if constexpr (V == 2)
-        _mm512_mask_storeu_epi16(half + r * ld, _mm512_kunpackw(some, kAll),
-                                 (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
-      else
-        _mm256_mask_storeu_epi16(half + r * ld, some, narrowed((Vec)sums[r][0]));
-    }
-  };
-  if (pairs >= kLastSteps) {
-    steps(pairs - kLastSteps);
-    finish(std::integral_constant<int, kLastSteps>{});
-  } else {
-    steps(pairs);
-    finish(std::integral_constant<int, 0>{});
-  }
+          return;
+        else if constexpr (V == 2)
+          _mm512_mask_storeu_epi16(half + r * ld, _mm512_kunpackw(some, kAll),
+                                   (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
+        else
+          _mm256_mask_storeu_epi16(half + r * ld, some, narrowed((Vec)sums[r][0]));
+      });
 }
 
 template <int V, Order order, Write write, int R = kRows>
