@@ -319,19 +319,24 @@ struct Block {
   }
 };
 
-// Gradients of the weights: one sum a thread, added up in the order of the threads.
+// Gradients of the weights: one sum a thread, added up in the order of the threads.  What a thread adds in a
+// row is bounded, as in kChain: a sum over thousands of images would lose to rounding.
 class WeightSums {
  public:
   WeightSums(const Block& block, int threads) : k_(block), parts_(threads) {}
 
-  // One thread's sums: projection [W][C], out [C][E], bias [W], out bias [C]; zeros when first asked for.
+  // One thread's sums to add to: projection [W][C], out [C][E], bias [W], out bias [C].
   float* part(int thread) {
-    Buffer& sums = parts_[thread];
-    if (!sums.size()) {
-      sums = Buffer(size());
-      std::memset(sums.data(), 0, sizeof(float) * size());
+    Part& part = parts_[thread];
+    if (part.asked++ % kAsked == 0) {
+      if (!part.total.size())
+        std::swap(part.sums, part.total);
+      else
+        add_range(part.sums.data(), {0, size(), size()}, part.total.data());
+      if (!part.sums.size()) part.sums = Buffer(size());
+      std::memset(part.sums.data(), 0, sizeof(float) * size());
     }
-    return sums.data();
+    return part.sums.data();
   }
   float* out(int thread) { return part(thread) + k_.W * k_.C; }
 
@@ -355,9 +360,9 @@ class WeightSums {
     float* total = part(0);
     spread(threads, blocks_of(size(), kPart), size(), [&](int64_t block) {
       const Range r(block, kPart, size());
-      for (int thread = 1; thread < threads; thread++)
-        for (int64_t i = r.first; i < (parts_[thread].size() ? r.last : 0); i++)
-          total[i] += parts_[thread][i];
+      for (const Part& part : parts_)
+        for (const Buffer* each : {&part.sums, &part.total})
+          if (each->size() && each->data() != total) add_range(each->data(), r, total);
     });
     const DType dtype = k_.given.dtype;
     const float* from = total;
@@ -392,8 +397,8 @@ class WeightSums {
     std::vector<float> grad(D * C), grad_bias(D), grad_pair(2 * D), weight(D * C), weight_bias(D);
     for (int64_t half = 0; half < 2; half++) {
       const std::vector<float> pair = k_.half_pair(half);
-      const float* row = parts_[0].data() + half * C;
-      const float offset = parts_[0][k_.W * C + C * k_.E + half];
+      const float* row = parts_[0].sums.data() + half * C;
+      const float offset = parts_[0].sums[k_.W * C + C * k_.E + half];
       to_float(given.dtype, half ? given.phi : given.theta, D * C, weight.data());
       to_float(given.dtype, half ? given.phi_bias : given.theta_bias, D, weight_bias.data());
       for (int64_t d = 0; d < D; d++) {
@@ -411,9 +416,18 @@ class WeightSums {
     from_float(given.dtype, grad_pair.data(), 2 * D, to.pair);
   }
 
+  struct Part {
+    Buffer sums, total;
+    int64_t asked = 0;
+  };
+  static constexpr int64_t kAsked = 64;  // times that a sum is handed out before it goes to the total
+
+  static void add_range(const float* from, Range r, float* to) {
+    for (int64_t i = r.first; i < r.last; i++) to[i] += from[i];
+  }
   int64_t size() const { return k_.W * k_.C + k_.C * k_.E + k_.W + k_.C; }
   const Block& k_;
-  std::vector<Buffer> parts_;
+  std::vector<Part> parts_;
 };
 
 }  // namespace

@@ -142,6 +142,18 @@ def test_block_of_one_image_is_shared_by_all_threads(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["gaussian", "embedded_gaussian", "dot_product", "concatenation"])
+def test_gradients_of_weights_over_thousands_of_images_on_one_thread(kind: str, dtype: torch.dtype) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        x, weights = block_operands(((4000, 32, 3, 5), 16, 16, 1), dtype)
+        check_block(x, weights, 1, kind)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_block_with_any_of_the_biases(dtype: torch.dtype) -> None:
     x, weights = block_operands(((2, 6, 4, 5), 4, 2, 1), dtype)
     for present in itertools.product([False, True], repeat=4):
