@@ -44,12 +44,21 @@ def profile(config: SearchConfig, on_step: Any = lambda what, done, total: None)
     task_spec = make("task", config.task).spec
     space = make("space", config.space, task_spec)
     device = resolve_device(config.device)
+    before = torch.get_num_threads()
     torch.set_num_threads(config.threads)
-    meter, operator_meter = meter_for(device), quick_meter(device)
-    conditions = _conditions(config, space, device)
-    return make_table(
-        space, task_spec, conditions, meter, operator_meter, seed=config.seed, device=device, on_step=on_step
-    )
+    try:
+        return make_table(
+            space,
+            task_spec,
+            _conditions(config, space, device),
+            meter_for(device),
+            quick_meter(device),
+            seed=config.seed,
+            device=device,
+            on_step=on_step,
+        )
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_reachable(parts: Parts) -> None:

@@ -136,14 +136,16 @@ class TrainChild:
         on_epoch: Callable[[int, float, float], None] = lambda epoch, accuracy, loss: None,
     ) -> tuple[nn.Module | None, Measurement]:
         """The trained network with its measurement; no network where it failed."""
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads or before)
         try:
             return self._train(request, on_epoch)
         except (MemoryError, RuntimeError) as error:
             failure = _machine_failure(error)
             if failure is None:
                 raise
+        finally:
+            torch.set_num_threads(before)  # the process is the user's
         if self._device.type == "cuda" and not failure.transient:
             torch.cuda.empty_cache()
         return None, failure

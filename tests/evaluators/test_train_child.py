@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -200,6 +201,26 @@ def test_a_failed_child_is_data(task: Task, make: Callable[[], nn.Module], reaso
     assert re.search(reason, measurement.failure)
     assert not measurement.transient
     assert measurement.accuracy is None
+
+
+def test_the_number_of_threads_is_the_users_again(task: Task) -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def make(error: Exception | None) -> nn.Module:
+        seen.append(torch.get_num_threads())
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 3)) if error is None else Raising(error)
+
+    for error in (None, MemoryError()):
+        child = TrainChild(Building(functools.partial(make, error)), task, RECIPE, threads=before + 1)
+        measurement = child.evaluate(Request(Architecture("one", ()), Budget(1), 0))
+        assert (measurement.failure is None) == (error is None)
+        assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="ours"):
+        TrainChild(
+            Building(functools.partial(make, ValueError("ours"))), task, RECIPE, threads=before + 1
+        ).evaluate(Request(Architecture("one", ()), Budget(1), 0))
+    assert torch.get_num_threads() == before
+    assert seen == [before + 1] * 3
 
 
 def test_a_diverging_child_keeps_what_was_counted(task: Task) -> None:
