@@ -74,14 +74,19 @@ $(VENV)/bin/python:
 	python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 
-.venv/base.stamp: $(SOURCES) constraints.txt | $(VENV)/bin/python
+# First, because calls of the kernels are compiled for the torch that is there.
+.venv/torch.stamp: constraints.txt | $(VENV)/bin/python
+	$(PY) -m pip install --quiet -c constraints.txt torch
+	touch $@
+
+.venv/base.stamp: $(SOURCES) constraints.txt .venv/torch.stamp
 	$(PY) -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
-.venv/test.stamp: $(SOURCES) constraints.txt | $(VENV)/bin/python
+.venv/test.stamp: $(SOURCES) constraints.txt .venv/torch.stamp
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@ .venv/base.stamp
 
-.venv/dev.stamp: $(SOURCES) constraints.txt | $(VENV)/bin/python
+.venv/dev.stamp: $(SOURCES) constraints.txt .venv/torch.stamp
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@ .venv/test.stamp .venv/base.stamp

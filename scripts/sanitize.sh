@@ -7,11 +7,14 @@ python=${PYTHON:-python}
 build=build/sanitize
 mkdir -p "$build/package"
 PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH"
-cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DRLNAS_SANITIZE=address,undefined \
-  -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
-  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
-  -DRLNAS_MODULE=_cpu -DRLNAS_OUTPUT="$PWD/$build/package/rlnas_fast"
-cmake --build "$build"
+for module in _cpu _torch; do
+  cmake -S . -B "$build/$module" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DRLNAS_SANITIZE=address,undefined \
+    -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
+    -DRLNAS_TORCH="$("$python" -c 'import torch; print(*torch.__path__)')" \
+    -DRLNAS_MODULE="$module" -DRLNAS_OUTPUT="$PWD/$build/package/rlnas_fast"
+  cmake --build "$build/$module"
+done
 # The package's Python files beside the sanitized module.
 (cd rlnas_fast && find . -name '*.py' -exec cp --parents {} "../$build/package/rlnas_fast/" \;)
 libasan=$(${CXX:-g++} -print-file-name=libasan.so)

@@ -13,6 +13,7 @@ import pytest
 
 import rlnas_fast
 from rlnas_fast._version import __version__
+from rlnas_fast.ops import native
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +41,7 @@ def test_sdist_builds_a_wheel_that_imports(tmp_path: Path) -> None:
     assert {"CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py", "rlnas_fast/py.typed"} <= names
     source = tmp_path / f"rlnas_fast-{__version__}"
     debug = "--config-setting=--build-option=build_ext --debug"
-    run(*build, "--wheel", debug, "--outdir", str(tmp_path), cwd=source, RLNAS_CUDA="0")
+    run(*build, "--wheel", debug, "--outdir", str(tmp_path), cwd=source, RLNAS_CUDA="0", RLNAS_TORCH="0")
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as contents:
@@ -59,9 +60,25 @@ def test_version_has_one_source() -> None:
     assert rlnas_fast.__version__ == __version__
 
 
-def test_native_code_includes_no_torch_header() -> None:
-    for path in (ROOT / "csrc").rglob("*.*"):
+def test_kernels_include_no_torch_header() -> None:
+    """They serve every torch; what is tied to one lies apart."""
+    tied = {ROOT / "csrc/bindings_torch.cpp", *(ROOT / "csrc/torch").iterdir()}
+    for path in {*(ROOT / "csrc").rglob("*.*")} - tied:
         assert "torch/" not in path.read_text(), path
+
+
+def test_calls_of_kernels_are_built_for_this_torch() -> None:
+    assert native.torch_calls_unavailable_reason() is None
+
+
+def test_calls_of_another_build_are_not_used() -> None:
+    """Kernels are C++ objects: one module must not call what it was not compiled for."""
+    code = (
+        "import torch; from rlnas_fast import _cpu; _cpu.KERNEL_INTERFACE = 'older'\n"
+        "from rlnas_fast.ops import native; assert native.torch_calls() is None\n"
+        "print(native.torch_calls_unavailable_reason())"
+    )
+    assert "from another build" in run(sys.executable, "-c", code, cwd=ROOT)
 
 
 def test_one_openmp_pool() -> None:

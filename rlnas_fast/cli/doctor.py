@@ -39,6 +39,7 @@ def diagnose() -> list[Finding]:
         Finding("Python", True, f"{platform.python_version()} on {platform.machine()}", required=True),
         _check("torch", _torch, required=True),
         _check("CPU kernels", _native, required=True),
+        _check("fast CPU calls", _torch_calls),
         _check("CUDA devices", _cuda_devices),
         _check("CUDA kernels", _cuda_kernels),
         _check("Triton", _triton),
@@ -81,6 +82,15 @@ def _native() -> str:
 
     module = native.cpu()
     return f"instruction set {module.isa()}"
+
+
+def _torch_calls() -> str:
+    from ..ops import native
+
+    reason = native.torch_calls_unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(f"calls of small blocks take longer: {reason}")
+    return "built for this torch"
 
 
 def _cuda_devices() -> str:

@@ -10,7 +10,7 @@ import torch  # first: the compiled modules share the thread pool it has loaded
 
 from rlnas_fast.errors import KernelUnavailable
 
-__all__ = ["cpu", "cuda", "cuda_unavailable_reason"]
+__all__ = ["cpu", "cuda", "cuda_unavailable_reason", "torch_calls", "torch_calls_unavailable_reason"]
 
 
 @functools.cache
@@ -20,9 +20,29 @@ def cpu() -> ModuleType:
     Raises:
         KernelUnavailable: it was not built, or cannot be loaded.
     """
-    module = _load("_cpu", "install the package with a C++17 compiler: pip install .")
-    module.learn_torch(torch, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
-    return module
+    return _load("_cpu", "install the package with a C++17 compiler: pip install .")
+
+
+@functools.cache
+def torch_calls() -> ModuleType | None:
+    """Returns the module that calls CPU kernels past Python, or None where it cannot be used.
+
+    It serves the torch that it was compiled against. Nothing but time is lost without it.
+    """
+    return None if torch_calls_unavailable_reason() else importlib.import_module("rlnas_fast._torch")
+
+
+@functools.cache
+def torch_calls_unavailable_reason() -> str | None:
+    """Returns why calls of CPU kernels go through Python, or None when they need not."""
+    remedy = "install the package again where torch is: pip install --force-reinstall --no-deps ."
+    try:
+        kernels, calls = cpu(), _load("_torch", remedy)
+    except KernelUnavailable as error:
+        return str(error)
+    if calls.KERNEL_INTERFACE != kernels.KERNEL_INTERFACE:
+        return f"rlnas_fast._torch is from another build than rlnas_fast._cpu; {remedy}"
+    return None
 
 
 @functools.cache

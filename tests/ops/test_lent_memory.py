@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -11,25 +12,27 @@ from nonlocal_attention_checks import block_operands
 from rlnas_fast.ops import native, nonlocal_block
 from rlnas_fast.ops.nonlocal_attention import cpu
 
-FLOATS = native.cpu().LENT_FROM + 5
+CALLS: Any = native.torch_calls()
+assert CALLS is not None, native.torch_calls_unavailable_reason()
+FLOATS = CALLS.LENT_FROM + 5
 
 
 def test_memory_goes_from_one_holder_to_the_next() -> None:
-    first = native.cpu().lent(FLOATS)
+    first = CALLS.lent(FLOATS)
     assert first.shape == (FLOATS,)
     assert first.dtype == torch.float32
     assert first.data_ptr() % 64 == 0
     address = first.data_ptr()
     del first
-    assert native.cpu().lent(FLOATS).data_ptr() == address
+    assert CALLS.lent(FLOATS).data_ptr() == address
 
 
 def test_memory_that_a_view_holds_is_lent_to_nobody_else() -> None:
-    whole = native.cpu().lent(FLOATS)
+    whole = CALLS.lent(FLOATS)
     part = whole[3:9].fill_(7)
     address = whole.data_ptr()
     del whole
-    other = native.cpu().lent(FLOATS).fill_(0)
+    other = CALLS.lent(FLOATS).fill_(0)
     assert other.data_ptr() != address
     assert part.tolist() == [7] * 6
 
@@ -39,7 +42,7 @@ def test_threads_never_hold_the_same_memory() -> None:
 
     def holder(mark: int) -> None:
         for _ in range(20):
-            held = native.cpu().lent(FLOATS).fill_(mark)
+            held = CALLS.lent(FLOATS).fill_(mark)
             if not bool((held == mark).all()):
                 failures.append(mark)
 
@@ -66,16 +69,16 @@ def test_block_reads_nothing_of_lent_memory(kind: str, pool: int, depth: int, dt
     skipped = 2 if kind == "gaussian" else 0
     leaves = [each.requires_grad_() for each in (x, *weights[skipped:4], *weights[4 + skipped :])]
     size, upstream = cpu.saved_size(kind, x.shape, depth, 16, (pool, pool)), torch.randn(x.shape).to(dtype)
-    assert size >= native.cpu().LENT_FROM
+    assert size >= CALLS.LENT_FROM
 
     def results(found: float) -> list[torch.Tensor]:
-        native.cpu().lent(size).fill_(found)
+        CALLS.lent(size).fill_(found)
         given = [None] * skipped + weights[skipped:4]
         biases = (*[None] * skipped, *weights[4 + skipped :])
         z = nonlocal_block(x, *given, biases=biases, pair=pair, kind=kind, pool=pool)
         gradients = torch.autograd.grad(z, leaves, upstream)
         z = z.detach()  # gives the memory back
-        assert not native.cpu().lent(size).isnan().all()  # it was in this memory
+        assert not CALLS.lent(size).isnan().all()  # it was in this memory
         return [z, *gradients]
 
     torch.use_deterministic_algorithms(True)

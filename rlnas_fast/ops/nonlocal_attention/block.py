@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from rlnas_fast.errors import ShapeError, unknown_name
+from rlnas_fast.ops import native
 from rlnas_fast.ops.nonlocal_attention import cpu, reference
 from rlnas_fast.ops.nonlocal_attention.dispatch import AUTOCAST, DTYPES, check_backend, kernels_name
 from rlnas_fast.ops.nonlocal_attention.dot_product import (
@@ -37,6 +38,7 @@ LARGEST_FUSED_DOT = 128  # channels; beyond them the products of a library fill 
 LARGEST_WINDOW = 255  # the place within a pooling window is kept in 8 bits
 Biases = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 NO_BIASES: Biases = (None, None, None, None)
+_calls = native.torch_calls()  # None where every call goes through the dispatcher
 
 
 def nonlocal_block(
@@ -81,19 +83,19 @@ def nonlocal_block(
 
     Source: Wang et al., Non-local Neural Networks (2018), eq. 1-6 and section 3.3.
     """
+    compiling = is_compiling()
+    given = (x, theta, phi, g, out, biases, pair, kind, pool, residual, backend)
+    if not compiling and _calls is not None:
+        z: torch.Tensor | None = _calls.call_block(*given)
+        if z is not None:
+            return z
     if len(biases) != 4:
         raise ShapeError(f"biases has {len(biases)} entries; expected 4: of theta, phi, g and out")
-    compiling = is_compiling()
     may_cast = compiling or _is_any_autocast_enabled()
     if may_cast and x.device.type in AUTOCAST and torch.is_autocast_enabled(x.device.type):
         x, theta, phi, g, out, pair, *casted = _autocast(x, theta, phi, g, out, pair, *biases)
         biases = (casted[0], casted[1], casted[2], casted[3])
     tensors = (x, theta, phi, g, out, *biases, pair)
-    calls, options = None, (kind, pool, residual, backend)
-    if not compiling and backend in ("auto", "cpu") and (calls := cpu.block_calls()) is not None:
-        z: torch.Tensor | None = calls.call(tensors, options)
-        if z is not None:
-            return z
     wanted = forward_ad._current_level >= 0 or (  # autograd.Function says that it has no forward mode
         torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
     )
@@ -102,9 +104,9 @@ def nonlocal_block(
         return reference.nonlocal_block(
             x, theta, phi, g, out, biases=biases, pair=pair, kind=kind, pool=tuple(windows), residual=residual
         )
-    if route == "fused" and calls is not None and calls.serves(tensors):
-        calls.add(tensors, options, cpu.block_kernel(kind, tensors, windows, residual))
-        z = calls.call(tensors, options)
+    if route == "fused" and not compiling and _calls is not None and _calls.serves_block(*given):
+        _calls.remember_block(*given, cpu.block_kernel(kind, tensors, windows, residual).capsule())
+        z = _calls.call_block(*given)
         if z is not None:
             return z
     if pair is not None and theta is not None and phi is not None and _trivial(windows):
@@ -406,22 +408,10 @@ def _split(
     return tensors[0], tensors[1:5], (first, second, third, fourth), tensors[9:]
 
 
-def _kernel_of(tensors: tuple[Any, ...], windows: list[int], residual: bool, kind: str) -> Any:
-    calls, options = cpu.block_calls(), (kind, windows, residual)
-    kernel = None if calls is None else calls.find(tensors, options)
-    if kernel is None:
-        kernel = cpu.block_kernel(kind, tensors, windows, residual)
-        if calls is not None:
-            calls.add(tensors, options, kernel)
-    return kernel
-
-
 def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     x, weights, biases, (windows, residual, save, kind) = _split(arguments)
     if x.device.type == "cpu":
-        tensors = (*arguments[:9], None)
-        kernel = _kernel_of(tensors, windows, residual, kind)
-        z, kept = kernel.forward(tensors, save, clean=True)  # a compiler may compare runs
+        z, kept = cpu.block_forward(kind, (*arguments[:9], None), windows, residual, save)
         return z, [] if kept is None else [kept]
     from rlnas_fast.ops.nonlocal_attention import triton_block, triton_dot
 
@@ -436,8 +426,8 @@ def _backward(grad_z: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     x, weights, biases, (saved, windows, residual, kind) = _split(arguments)
     if x.device.type == "cpu":
         tensors = (*arguments[:9], None)
-        gradients = _kernel_of(tensors, windows, residual, kind).backward(grad_z, tensors, saved[0])
-        return [each for each in gradients if each is not None]
+        found = cpu.block_backward(grad_z, kind, tensors, saved[0], windows, residual)
+        return [each for each in found if each is not None]
     from rlnas_fast.ops.nonlocal_attention import triton_block
 
     grad_x, gradients = triton_block.block_backward(

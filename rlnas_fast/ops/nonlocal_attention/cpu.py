@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from rlnas_fast.errors import KernelUnavailable
 from rlnas_fast.ops import native
@@ -17,7 +16,8 @@ from rlnas_fast.ops import native
 __all__ = [
     "attention_backward",
     "attention_forward",
-    "block_calls",
+    "block_backward",
+    "block_forward",
     "block_kernel",
     "like_queries",
     "saved_size",
@@ -95,57 +95,89 @@ def _attention_sizes(theta: torch.Tensor, g: torch.Tensor) -> tuple[int, ...]:
 
 
 def block_kernel(kind: str, tensors: Tensors, pool: Sequence[int], residual: bool) -> Any:
-    """A fused block for tensors of one layout: sizes, strides and offsets are worked out once.
+    """A fused block for tensors of one layout, made once: a ``BlockKernel`` of csrc/cpu/block_kernel.h.
 
     One of KINDS; x [B, C, *space] of any strides, contiguous weights, biases and pair of its dtype, as in
     ``nonlocal_block``; without pair, theta and phi of concatenation are [1, C].
-
-    Returns:
-        A ``BlockKernel`` of csrc/cpu/block_calls.cpp: ``forward(tensors, save, clean)`` and
-        ``backward(grad_z, tensors, saved)``, whose calls cost the host their allocations and addresses.
     """
     x, theta, _, g = tensors[:4]
     assert x is not None
     assert g is not None
     inner = x.shape[1] if theta is None else theta.shape[0]  # the Gaussian kind compares x itself
+    sizes = tuple(x.shape), x.stride(), inner, g.shape[0]
+    return _block_kernel(kind, *sizes, tuple(pool), x.dtype, residual)
+
+
+@functools.lru_cache(4096)
+def _block_kernel(
+    kind: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    inner: int,
+    value: int,
+    pool: tuple[int, ...],
+    dtype: torch.dtype,
+    residual: bool,
+) -> Any:
     depth = 1 if kind == "concatenation" else inner
-    missing = 5 - x.dim()
-    counts = _saved_counts(kind, x.shape, depth, g.shape[0], pool)
+    missing = (1,) * (5 - len(shape))
+    counts = _saved_counts(kind, shape, depth, value, pool)
     ends = list(itertools.accumulate(_rounded(count) for count in counts))
+    z = torch.empty_like(torch.empty_strided(shape, strides, device="meta"))
     return native.cpu().BlockKernel(
         KINDS[kind],
-        (x.shape[0], x.shape[1], inner, g.shape[0]),
-        (1,) * missing + tuple(x.shape[2:]),
-        (1,) * missing + tuple(pool),
+        (*shape[:2], inner, value),
+        missing + shape[2:],
+        missing + pool,
         residual,
-        DTYPES[x.dtype],
-        _strides(x),
-        _strides(torch.empty_like(x, device="meta")),
+        DTYPES[dtype],
+        _strides(strides),
+        _strides(z.stride()),
         [4 * (end - _rounded(count)) if count else -1 for end, count in zip(ends, counts, strict=True)],
         ends[-1],
     )
 
 
-@functools.cache
-def block_calls() -> Any | None:
-    """The blocks called so far, with an autograd.Function that does without the dispatcher.
+def block_forward(
+    kind: str, tensors: Tensors, pool: Sequence[int], residual: bool, save: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns z of a fused block and, if asked for, what its backward needs: float32, gaps within it 0."""
+    kernel, x = block_kernel(kind, tensors, pool, residual), tensors[0]
+    assert x is not None
+    z = torch.empty_like(x)
+    saved = x.new_zeros(kernel.saved_size, dtype=torch.float32) if save else None
+    addresses = _addresses(tensors)
+    kernel.forward(addresses, z.data_ptr(), 0 if saved is None else saved.data_ptr(), *_manner())
+    return z, saved
 
-    The dispatcher would take longer than the products of a small image.
 
-    Returns:
-        ``BlockCalls`` of csrc/cpu/block_calls.cpp; None where there are no compiled kernels.
-    """
-    if unavailable_reason():
-        return None
-    calls = native.cpu().BlockCalls()
+def block_backward(
+    grad_z: torch.Tensor,
+    kind: str,
+    tensors: Tensors,
+    saved: torch.Tensor,
+    pool: Sequence[int],
+    residual: bool,
+) -> list[torch.Tensor | None]:
+    """Gradients of the tensors, in their order; None for None."""
+    gradients = [None if each is None else torch.empty_like(each) for each in tensors]
+    block_kernel(kind, tensors, pool, residual).backward(
+        _addresses(tensors),
+        saved.data_ptr(),
+        grad_z.data_ptr(),
+        _strides(grad_z.stride()),
+        _addresses(gradients),
+        *_manner(),
+    )
+    return gradients
 
-    class DirectBlock(torch.autograd.Function):
-        forward = staticmethod(calls.forward)
-        backward = staticmethod(calls.backward)
 
-    # Function.apply without its questions about functorch, which `call` has asked.
-    calls.bind(super(torch.autograd.Function, DirectBlock).apply, once_differentiable(calls.backward))
-    return calls
+def _addresses(tensors: Sequence[torch.Tensor | None]) -> list[int]:
+    return [0 if each is None else each.data_ptr() for each in tensors]
+
+
+def _manner() -> tuple[bool, int]:
+    return torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
 
 
 def saved_size(kind: str, shape: Sequence[int], inner: int, value: int, pool: Sequence[int]) -> int:
@@ -178,6 +210,6 @@ def _rounded(count: int) -> int:
     return (count + 15) // 16 * 16
 
 
-def _strides(x: torch.Tensor) -> tuple[int, ...]:
-    strides = x.stride()
+def _strides(strides: Sequence[int]) -> tuple[int, ...]:
+    """Of [batch, channel, depth, height, width]; 0 for dimensions that there are not."""
     return (*strides[:2], *(0,) * (5 - len(strides)), *strides[2:])

@@ -1,21 +1,18 @@
 // Memory that a forward keeps for its backward, lent again and again.  It is megabytes a call, which the C
 // library would hand back to the system and take again, cleared page by page.
-#include "cpu/lent_memory.h"
+#include "torch/lent_memory.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/from_blob.h>
 
 #include <cstdlib>
-#include <memory>
 #include <mutex>
 #include <new>
 #include <vector>
 
-#include "cpu/tensors.h"
-
-namespace py = pybind11;
-
 namespace rlnas {
 namespace {
 
-constexpr int64_t kLentFrom = 1 << 20;  // floats; less is found where the call before left it in the caches
 constexpr size_t kMostIdle = size_t{64} << 20;  // bytes that wait to be lent; what is over goes back at once
 
 struct Block {
@@ -64,35 +61,14 @@ Lender& lender() {
   return *one;
 }
 
-class Loan {
- public:
-  explicit Loan(size_t floats)
-      : floats_(floats), block_(lender().take((floats * sizeof(float) + 4095) / 4096 * 4096)) {}
-  ~Loan() { lender().give_back(block_); }
-  Loan(const Loan&) = delete;
-  Loan& operator=(const Loan&) = delete;
-
-  py::buffer_info buffer() { return {block_.data, sizeof(float), "f", 1, {floats_}, {sizeof(float)}}; }
-
- private:
-  size_t floats_;
-  Block block_;
-};
-
 }  // namespace
 
-py::object lent(int64_t count) {
-  if (count < kLentFrom) return empty_floats(count);
-  return floats_in(py::cast(std::make_unique<Loan>(static_cast<size_t>(count))));
+at::Tensor lent(int64_t count) {
+  if (count < kLentFrom) return at::detail::empty_cpu({count}, at::kFloat);
+  const Block block = lender().take((static_cast<size_t>(count) * sizeof(float) + 4095) / 4096 * 4096);
+  return at::from_blob(
+      block.data, {count}, [block](void*) { lender().give_back(block); },
+      at::TensorOptions().dtype(at::kFloat).device(at::kCPU));
 }
 
 }  // namespace rlnas
-
-void register_lent_memory(py::module_& module) {
-  using rlnas::Loan;
-  py::class_<Loan>(module, "Loan", py::buffer_protocol(),
-                   "float32 in memory that is lent again once nobody holds this; never cleared.")
-      .def_buffer(&Loan::buffer);
-  module.def("lent", &rlnas::lent, py::arg("count"), "float32 [count], not cleared, much of it lent again.");
-  module.attr("LENT_FROM") = rlnas::kLentFrom;
-}
