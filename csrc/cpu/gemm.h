@@ -54,7 +54,7 @@ class Ahead {
     const char* from;
     int64_t left;
   };
-  static constexpr int kSpans = 8, kLines = 32;
+  static constexpr int kSpans = 8, kLines = kRows * kPanel / 12;  // more while a tile is larger
   Span spans_[kSpans];
   int count_ = 0, at_ = 0;
 };
