@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/scratch.h"
 #include "cpu/simd.h"
 
 namespace rlnas::RLNAS_ISA {
@@ -167,6 +168,23 @@ RLNAS_INLINE void tile_of(int64_t rows, int64_t depth, Left a, const float* b, i
 // A sum longer than this is added up in parts: one long chain of roundings would lose a bit or two.
 constexpr int64_t kChain = 256;
 
+// Rows of a right operand this far apart lie in a page each and share few sets of the first-level cache, so
+// that every tile would fetch them from the second again.
+constexpr int64_t kFarApart = 256;
+constexpr int kSideBySide = -1;  // slot of scratch memory
+
+// A panel [depth][columns] with its rows side by side.
+static inline const float* side_by_side(const float* from, int64_t ld, int64_t depth, int64_t columns) {
+  float* panel = scratch<kSideBySide>(kChain * kPanel);
+  for (int64_t k = 0; k < depth; k++)
+    for (int64_t n = 0; n < columns; n += kWidth) {
+      const int64_t some = columns - n;
+      const float* vector = from + k * ld + n;
+      store(panel + k * kPanel + n, some < kWidth ? load_some(vector, some) : load(vector));
+    }
+  return panel;
+}
+
 template <Order order>
 static void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, Out c,
                  Ahead* ahead = nullptr) {
@@ -178,21 +196,24 @@ static void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, 
     b.data += kChain * b.ld;
     c = {c.data, c.ld, c.data, c.ld, scale};
   }
+  const bool copied = b.ld >= kFarApart && rows >= 4 * kRows;  // for so many tiles it is worth it
+  const int64_t ld = copied ? kPanel : b.ld;
   for (int64_t n = 0; n < columns; n += kPanel) {
     const int64_t left = std::min<int64_t>(columns - n, kPanel), last = left % kWidth;
     const float* panel = b.data + n / kPanel * b.stride;
+    if (copied) panel = side_by_side(panel, b.ld, depth, left);
     int64_t tiles = (rows + kRows - 1) / kRows;
     for (int64_t m = 0; tiles > 0; tiles--) {
       const int64_t some = (rows - m + tiles - 1) / tiles;  // tiles of almost equal height
       const Left from{a.data + m * (order == Order::row_major ? a.ld : 1), a.ld};
       if (left > kWidth && last == 0)
-        tile_of<2, order, false>(some, depth, from, panel, b.ld, c, m, n, last);
+        tile_of<2, order, false>(some, depth, from, panel, ld, c, m, n, last);
       else if (left > kWidth)
-        tile_of<2, order, true>(some, depth, from, panel, b.ld, c, m, n, last);
+        tile_of<2, order, true>(some, depth, from, panel, ld, c, m, n, last);
       else if (last == 0)
-        tile_of<1, order, false>(some, depth, from, panel, b.ld, c, m, n, last);
+        tile_of<1, order, false>(some, depth, from, panel, ld, c, m, n, last);
       else
-        tile_of<1, order, true>(some, depth, from, panel, b.ld, c, m, n, last);
+        tile_of<1, order, true>(some, depth, from, panel, ld, c, m, n, last);
       if (ahead) ahead->step();
       m += some;
     }
