@@ -209,8 +209,7 @@ class NonLocalBlock : public torch::autograd::Function<NonLocalBlock> {
                             const_cast<void*>(grad_z.const_data_ptr()), strides, pointers(into),
                             at::globalContext().deterministicAlgorithms(), at::get_num_threads());
     }
-    if (c10::GradMode::is_enabled()) {  // they have no gradients of their own, and must not pass for
-                                        // constants
+    if (c10::GradMode::is_enabled()) {  // they must not pass for constants
       for (at::Tensor& gradient : gradients) gradient.requires_grad_();
       gradients = torch::autograd::DelayedError(
                       "trying to differentiate nonlocal_block twice; it can be differentiated once",
@@ -229,8 +228,9 @@ class NonLocalBlock : public torch::autograd::Function<NonLocalBlock> {
 };
 
 constexpr size_t kMostCalls = 4096;  // layouts remembered
-std::unordered_map<std::string, SharedBlockKernel>&
-kernels() {  // by layouts and options; touched with the GIL held
+
+// Kernels by layouts and options; touched with the GIL held.
+std::unordered_map<std::string, SharedBlockKernel>& kernels() {
   static auto* const all = new std::unordered_map<std::string, SharedBlockKernel>;
   return *all;
 }
@@ -293,8 +293,8 @@ void register_block_calls(py::module_& module) {
   const auto function = [](auto* call) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call));
   };
+  // Without pybind11's questions about each argument.
   static PyMethodDef methods[] = {
-      // without pybind11's questions about each argument
       {"call_block", function(&rlnas::call_block), METH_FASTCALL, nullptr},
       {"serves_block", function(&rlnas::serves_block), METH_FASTCALL, nullptr},
       {"remember_block", function(&rlnas::remember_block), METH_FASTCALL, nullptr},

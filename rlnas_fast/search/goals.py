@@ -359,10 +359,14 @@ def volumes(trials: Sequence[Trial], objectives: Sequence[str], points: int = 20
     whole.add(trials)
     batches = [trial.batch for trial in trials] + [-1]
     ends = [i for i in range(1, len(batches)) if batches[i] != batches[i - 1]]
-    found = {}
+    found: dict[int, float] = {}
+    volume = 0.0
     for end in ends[:: -max(1, math.ceil(len(ends) / points))][::-1]:
         so_far.add(trials[so_far.seen : end])
-        found[end] = hypervolume(whole.scaled(so_far.front), np.zeros(len(so_far.objectives)))
+        # A point more splits a part in two, whose sum may round to a last place less.
+        found[end] = volume = max(
+            volume, hypervolume(whole.scaled(so_far.front), np.zeros(len(so_far.objectives)))
+        )
     return found
 
 

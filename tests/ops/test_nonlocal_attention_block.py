@@ -73,6 +73,14 @@ def test_softmax_kept_or_recomputed_on_every_instruction_set(isa: str, kind: str
     check_block(x, weights, 1, kind, residual=False)
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "embedded_gaussian", "dot_product"])
+def test_rows_far_apart_on_every_instruction_set(isa: str, kind: str) -> None:
+    """From 256 columns on, tall products copy them side by side."""
+    for case in [((1, 36, 17, 17), 101, 97, 1), ((2, 36, 7, 8), 90, 89, 1), ((2, 259, 7, 8), 20, 30, 1)]:
+        x, weights = block_operands(case, torch.float32)
+        check_block(laid_out(x, "channels last"), weights, 1, kind)
+
+
 @pytest.mark.parametrize("positions", [999, 1025])
 def test_gaussian_in_bfloat16_with_both_products_joined_or_not(positions: int) -> None:
     x, weights = block_operands(((2, 12, positions), 6, 10, 1), torch.bfloat16)

@@ -145,7 +145,7 @@ def block_forward(
     kernel, x = block_kernel(kind, tensors, pool, residual), tensors[0]
     assert x is not None
     z = torch.empty_like(x)
-    saved = x.new_zeros(kernel.saved_size, dtype=torch.float32) if save else None
+    saved = _zeros(kernel.saved_size) if save else None
     addresses = _addresses(tensors)
     kernel.forward(addresses, z.data_ptr(), 0 if saved is None else saved.data_ptr(), *_manner())
     return z, saved
@@ -170,6 +170,13 @@ def block_backward(
         *_manner(),
     )
     return gradients
+
+
+def _zeros(count: int) -> torch.Tensor:
+    calls = native.torch_calls()
+    if calls is None:
+        return torch.zeros(count, dtype=torch.float32, device="cpu")
+    return calls.lent(count).zero_()
 
 
 def _addresses(tensors: Sequence[torch.Tensor | None]) -> list[int]:
