@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "cpu/scratch.h"
@@ -116,6 +117,10 @@ RLNAS_INLINE void take_steps(int64_t depth, Operand a, Operand b, Load load, Add
   }
 }
 
+// Rows this far apart lie in a page each and share few sets of the first-level cache, so that every tile
+// would fetch those of an operand from the second again, and wait at its end for those that it adds to.
+constexpr int64_t kFarApart = 256;
+
 // Writes rows [m, m + R) of C from column n on; `a` begins at row m.  `c` is not copied for a tile, for what
 // vectors have copied is read back only once they are written.
 template <int R, int V, Order order, bool tail>
@@ -130,6 +135,10 @@ static __attribute__((noinline)) void tile(int64_t depth, Left a, const float* b
   const float *init = c.init ? c.init + m * c.init_ld + n : nullptr,
               *scale = c.row_scale ? c.row_scale + m : nullptr;
   const int64_t ld = c.ld, init_ld = c.init_ld;
+  if (ld >= kFarApart) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) __builtin_prefetch(data + r * ld, 1);
+  }
   take_steps<R, V, order>(
       depth, a, Left{b, ldb},
       [&](const float* at, int v)
@@ -168,10 +177,7 @@ RLNAS_INLINE void tile_of(int64_t rows, int64_t depth, Left a, const float* b, i
 // A sum longer than this is added up in parts: one long chain of roundings would lose a bit or two.
 constexpr int64_t kChain = 256;
 
-// Rows of a right operand this far apart lie in a page each and share few sets of the first-level cache, so
-// that every tile would fetch them from the second again.
-constexpr int64_t kFarApart = 256;
-constexpr int kSideBySide = -1;  // slot of scratch memory
+enum CopySlot { kTileByTile = -2, kSideBySide = -1 };  // of scratch memory
 
 // A panel [depth][columns] with its rows side by side.
 static inline const float* side_by_side(const float* from, int64_t ld, int64_t depth, int64_t columns) {
@@ -185,6 +191,26 @@ static inline const float* side_by_side(const float* from, int64_t ld, int64_t d
   return panel;
 }
 
+RLNAS_INLINE int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A depth-major left operand tile by tile, [depth][rows of the tile].
+static inline const float* tile_by_tile(Left from, int64_t rows, int64_t depth) {
+  float* const copy = scratch<kTileByTile>(rows * depth);
+  float* to = copy;
+  for (int64_t m = 0, tiles = ceil_divide(rows, kRows); tiles > 0; tiles--) {
+    const int64_t some = ceil_divide(rows - m, tiles);  // tiles of almost equal height
+    for (int64_t k = 0; k < depth; k++, to += some) {
+      const float* row = from.data + k * from.ld + m;
+      if (some == kRows)
+        std::memcpy(to, row, sizeof(float) * kRows);  // of a size that is known, two instructions
+      else
+        std::copy(row, row + some, to);
+    }
+    m += some;
+  }
+  return copy;
+}
+
 template <Order order>
 static void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, Out c,
                  Ahead* ahead = nullptr) {
@@ -196,16 +222,20 @@ static void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, 
     b.data += kChain * b.ld;
     c = {c.data, c.ld, c.data, c.ld, scale};
   }
-  const bool copied = b.ld >= kFarApart && rows >= 4 * kRows;  // for so many tiles it is worth it
+  // Copies are worth it for four tiles.
+  const bool copied = b.ld >= kFarApart && rows >= 4 * kRows;
+  const bool tiled = order == Order::depth_major && a.ld >= kFarApart && columns >= 4 * kPanel;
   const int64_t ld = copied ? kPanel : b.ld;
+  if (tiled) a.data = tile_by_tile(a, rows, depth);
   for (int64_t n = 0; n < columns; n += kPanel) {
     const int64_t left = std::min<int64_t>(columns - n, kPanel), last = left % kWidth;
     const float* panel = b.data + n / kPanel * b.stride;
     if (copied) panel = side_by_side(panel, b.ld, depth, left);
-    int64_t tiles = (rows + kRows - 1) / kRows;
-    for (int64_t m = 0; tiles > 0; tiles--) {
-      const int64_t some = (rows - m + tiles - 1) / tiles;  // tiles of almost equal height
-      const Left from{a.data + m * (order == Order::row_major ? a.ld : 1), a.ld};
+    for (int64_t m = 0, tiles = ceil_divide(rows, kRows); tiles > 0; tiles--) {
+      const int64_t some = ceil_divide(rows - m, tiles);  // tiles of almost equal height
+      const Left from = tiled                       ? Left{a.data + m * depth, some}
+                        : order == Order::row_major ? Left{a.data + m * a.ld, a.ld}
+                                                    : Left{a.data + m, a.ld};
       if (left > kWidth && last == 0)
         tile_of<2, order, false>(some, depth, from, panel, ld, c, m, n, last);
       else if (left > kWidth)

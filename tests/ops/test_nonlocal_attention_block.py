@@ -75,8 +75,9 @@ def test_softmax_kept_or_recomputed_on_every_instruction_set(isa: str, kind: str
 
 @pytest.mark.parametrize("kind", ["gaussian", "embedded_gaussian", "dot_product"])
 def test_rows_far_apart_on_every_instruction_set(isa: str, kind: str) -> None:
-    """From 256 columns on, tall products copy them side by side."""
-    for case in [((1, 36, 17, 17), 101, 97, 1), ((2, 36, 7, 8), 90, 89, 1), ((2, 259, 7, 8), 20, 30, 1)]:
+    """From 256 columns on, tall products copy the right operand side by side, wide ones the left by tiles."""
+    tall = [((1, 36, 17, 17), 101, 97, 1), ((2, 36, 7, 8), 90, 89, 1), ((2, 259, 7, 8), 20, 30, 1)]
+    for case in [*tall, ((1, 131, 6, 7), 90, 89, 1), ((2, 259, 3, 5), 20, 130, 1)]:
         x, weights = block_operands(case, torch.float32)
         check_block(laid_out(x, "channels last"), weights, 1, kind)
 
