@@ -21,8 +21,9 @@ setup: $(BASE)
 search: $(BASE)
 	$(PY) -m rlnas_fast.cli search $(ARGS)
 
+# In two processes, whose threads must not spin while they wait: each has as many as there are cores.
 test: $(TEST)
-	$(PY) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(DEV)
 	$(PY) -m ruff check .

@@ -294,7 +294,7 @@ def measured(part: Callable[[Timed, bool], list[Row]]) -> Callable[[bool], list[
 
         def timed(case: Case) -> dict[str, list[float]]:
             runs = runs_of(case, not quick and named(case))
-            times = interleaved(runs, repeats=60, warmup=2, seconds=0.4 if quick else 0.8)
+            times = interleaved(runs, repeats=60, warmup=2, seconds=0.4 if quick else 0.8, ours="ours")
             figure, detail = ratio(times, "ours")
             cases.append(Row(f"{GRID}{case}", figure, LEAST, detail=detail))
             print(f"{case}: {figure:.2f} ({detail})", file=sys.stderr, flush=True)

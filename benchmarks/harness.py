@@ -24,6 +24,7 @@ from pathlib import Path
 __all__ = ["Row", "geometric_mean", "interleaved", "main", "ratio"]
 
 Measure = Callable[[bool], "Iterable[Row]"]
+FAR = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ def interleaved(
     repeats: int = 21,
     warmup: int = 3,
     seconds: float | None = None,
+    ours: str | None = None,
     synchronize: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Times functions in turn, so that drift of the clock hits all of them.
@@ -69,26 +71,46 @@ def interleaved(
         functions: name to callable; round r of every function runs before round r + 1 of any.
         repeats: most rounds.
         warmup: rounds that are not counted.
-        seconds: stops early, after at least 5 rounds, once this much time has passed.
+        seconds: stops early, after at least 5 rounds, once this much time has passed; the warm-up too, after
+            one round.
+        ours: stops after 3 rounds in which every other function took over ``FAR`` times as long as this one,
+            for more of them would decide nothing.
         synchronize: called before each clock reading, such as ``torch.cuda.synchronize``.
 
     Returns:
         Seconds of each round by name.
     """
     wait = synchronize or (lambda: None)
-    times: dict[str, list[float]] = {name: [] for name in functions}
     start = time.perf_counter()
-    for round_ in range(-warmup, repeats):
+
+    def one_round() -> dict[str, float]:
+        times = {}
         for name, function in functions.items():
             wait()
             begin = time.perf_counter()
             function()
             wait()
-            if round_ >= 0:
-                times[name].append(time.perf_counter() - begin)
-        if seconds is not None and round_ >= 4 and time.perf_counter() - start > seconds:
+            times[name] = time.perf_counter() - begin
+        return times
+
+    def late() -> bool:
+        return seconds is not None and time.perf_counter() - start > seconds
+
+    def decided() -> bool:
+        return ours is not None and all(
+            other > FAR * times[ours] for times in rounds for name, other in times.items() if name != ours
+        )
+
+    for _ in range(warmup):
+        one_round()
+        if late():
             break
-    return times
+    rounds: list[dict[str, float]] = []
+    while len(rounds) < repeats:
+        rounds.append(one_round())
+        if (len(rounds) >= 3 and decided()) or (len(rounds) >= 5 and late()):
+            break
+    return {name: [times[name] for times in rounds] for name in functions}
 
 
 def ratio(times: Mapping[str, list[float]], ours: str, peers: list[str] | None = None) -> tuple[float, str]:

@@ -29,7 +29,7 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_sdist_builds_a_wheel_that_imports(tmp_path: Path) -> None:
-    """Without optimisation, which takes most of a build; the package under test was built with it."""
+    """As on a CPU that is no x86 and without optimisation: the package under test was built the other way."""
     build = (sys.executable, "-m", "build", "--no-isolation")
     run(*build, "--sdist", "--outdir", str(tmp_path), cwd=ROOT)
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -40,8 +40,13 @@ def test_sdist_builds_a_wheel_that_imports(tmp_path: Path) -> None:
     assert tracked <= names
     assert {"CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py", "rlnas_fast/py.typed"} <= names
     source = tmp_path / f"rlnas_fast-{__version__}"
+    toolchain = tmp_path / "toolchain.cmake"
+    toolchain.write_text(
+        "set(CMAKE_SYSTEM_NAME ${CMAKE_HOST_SYSTEM_NAME})\nset(CMAKE_SYSTEM_PROCESSOR other)\n"
+    )
+    settings = {"RLNAS_CUDA": "0", "RLNAS_TORCH": "0", "CMAKE_TOOLCHAIN_FILE": str(toolchain)}
     debug = "--config-setting=--build-option=build_ext --debug"
-    run(*build, "--wheel", debug, "--outdir", str(tmp_path), cwd=source, RLNAS_CUDA="0", RLNAS_TORCH="0")
+    run(*build, "--wheel", debug, "--outdir", str(tmp_path), cwd=source, **settings)
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as contents:
@@ -51,6 +56,7 @@ def test_sdist_builds_a_wheel_that_imports(tmp_path: Path) -> None:
     assert list(site.glob("*.dist-info/licenses/LICENSE"))
     code = (
         "import rlnas_fast, torch; from rlnas_fast.ops import nonlocal_attention; "
+        "from rlnas_fast.ops.native import cpu; assert cpu().usable_isas() == ['plain']; "
         "y = nonlocal_attention(*torch.randn(3, 1, 4, 5), backend='cpu'); print(rlnas_fast.__file__, y.shape)"
     )
     assert str(site) in run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
