@@ -25,7 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed_and_one_thread() -> None:
+    """Small networks gain nothing by more threads, whose sums are not always added up in the same order."""
     import random
 
     import numpy as np
@@ -34,24 +35,28 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (libraries under test may draw from the global generator)
     torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads(_seed_and_one_thread: None) -> None:
+    """For kernels, which share their work among threads."""
+    import torch
+
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="module")
 def quick_cost_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One thread, and a cost model of masked products that takes no ten seconds to fit."""
-    import torch
-
+    """A cost model of masked products that takes no ten seconds to fit."""
     from rlnas_fast.ops.masked_matmul import cost_model
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(cost_model, "_SIZES", ((64, (1, 8, 32)),))
         cost_model._coefficients.cache_clear()
         yield
     cost_model._coefficients.cache_clear()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16"])

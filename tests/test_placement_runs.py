@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,6 @@ from rlnas_fast.tasks.digits import digits
 from rlnas_fast.training.data import DeviceData
 
 SMALL: dict[str, Any] = {"epochs": 2, "task": {"train_size": 200}, "delay": 2}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """With several threads sums are not always added up in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Own(nn.Module):

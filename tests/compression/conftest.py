@@ -20,10 +20,8 @@ def task() -> Task:
 
 @pytest.fixture(scope="session")
 def _trained(task: Task) -> nn.Module:
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     module, result = train_network("lenet-300-100", task, epochs=5)
-    torch.set_num_threads(threads)
     assert result.accuracy is not None
     assert result.accuracy > 0.9
     return module

@@ -10,6 +10,8 @@ from rlnas_fast.errors import ConfigError, ShapeError
 from rlnas_fast.nn.non_local import NonLocalBlock
 from rlnas_fast.ops.nonlocal_attention import KINDS
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 SPACES = {1: (11,), 2: (7, 6), 3: (3, 4, 5)}
 
 

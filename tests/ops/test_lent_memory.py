@@ -12,6 +12,8 @@ from nonlocal_attention_checks import block_operands
 from rlnas_fast.ops import native, nonlocal_block
 from rlnas_fast.ops.nonlocal_attention import cpu
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 CALLS: Any = native.torch_calls()
 assert CALLS is not None, native.torch_calls_unavailable_reason()
 FLOATS = CALLS.LENT_FROM + 5

@@ -383,8 +383,10 @@ def test_a_gradient_of_many_megabytes(kernel):
     torch.testing.assert_close(ours, (grad.t() @ x) * mask.dense())
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("kernel", ["tiles", "rows"])
 def test_products_packed_by_two_threads(isa, kernel):
+    """What a task writes past its own must not reach another's."""
     cases = [
         ("tiles", (32, 32), (70, 1100), 65, False),  # past the caches
         ("bits", (13, 20), (53, 603), 130, True),
@@ -405,12 +407,8 @@ def test_products_packed_by_two_threads(isa, kernel):
             )
 
         dense, truth = run("dense", torch.float32), run("dense", torch.float64)
-        torch.set_num_threads(2)  # what a task writes past its own must not reach another's
-        try:
-            _poison()
-            ours = run(kernel, torch.float32)
-        finally:
-            torch.set_num_threads(1)
+        _poison()
+        ours = run(kernel, torch.float32)
         for o, d, t in zip(ours, dense, truth, strict=True):
             assert error(o, t) <= 2 * error(d, t) + torch.finfo(torch.float32).eps
         assert not ours[2][~mask.dense()].any()
@@ -432,8 +430,8 @@ def test_the_cost_model_is_measured_once_and_says_what_it_chose(monkeypatch):
     )
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_the_same_call_gives_the_same_bits():
-    torch.set_num_threads(2)
     mask = make_mask("bits", 256, 300, (32, 32))
     x, weight, grad = torch.randn(40, 300), torch.randn(256, 300), torch.randn(40, 256)
     for kernel in ("tiles", "rows"):
@@ -446,7 +444,6 @@ def test_the_same_call_gives_the_same_bits():
             for _ in range(3)
         ]
         assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
-    torch.set_num_threads(1)
 
 
 def test_useful_work_is_counted():

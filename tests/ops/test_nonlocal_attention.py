@@ -10,6 +10,8 @@ from rlnas_fast.errors import ConfigError, KernelUnavailable, ShapeError
 from rlnas_fast.ops import nonlocal_attention
 from rlnas_fast.ops.nonlocal_attention import KINDS, reference
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 SIZES = [  # batch, depth, width, queries, keys
     (2, 16, 16, 49, 49),
     (1, 7, 5, 33, 1),

@@ -22,6 +22,8 @@ from rlnas_fast.ops import nonlocal_block
 from rlnas_fast.ops.nonlocal_attention import reference
 from rlnas_fast.ops.nonlocal_attention.library_block import library_block
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @pytest.mark.parametrize("kind", ["gaussian", "embedded_gaussian"])
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
@@ -153,13 +155,9 @@ def test_block_of_one_image_is_shared_by_all_threads(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["gaussian", "embedded_gaussian", "dot_product", "concatenation"])
 def test_gradients_of_weights_over_thousands_of_images_on_one_thread(kind: str, dtype: torch.dtype) -> None:
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        x, weights = block_operands(((4000, 32, 3, 5), 16, 16, 1), dtype)
-        check_block(x, weights, 1, kind)
-    finally:
-        torch.set_num_threads(threads)
+    x, weights = block_operands(((4000, 32, 3, 5), 16, 16, 1), dtype)
+    check_block(x, weights, 1, kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

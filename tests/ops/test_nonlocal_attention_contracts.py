@@ -24,6 +24,8 @@ from rlnas_fast.ops.nonlocal_attention import KINDS, cpu
 from rlnas_fast.ops.nonlocal_attention.dot_product import gram_block, reassociated_block
 from rlnas_fast.ops.nonlocal_attention.library_block import library_block
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def test_call_by_call_other_layouts_and_settings() -> None:
     """What is remembered of one call does not leak into the next."""

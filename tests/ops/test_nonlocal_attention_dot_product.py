@@ -24,6 +24,8 @@ from rlnas_fast.ops.nonlocal_attention.dot_product import (
     reassociated_block,
 )
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 PAIRS = [  # even channel counts and several images, which the kernel for bfloat16 pairs serves; then not
     ((2, 64, 7, 5), 32, 32, 1),
     ((3, 20, 9, 5), 10, 12, 2),

@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from rlnas_fast.ops import native, nonlocal_attention, nonlocal_block
 from rlnas_fast.ops.nonlocal_attention import block, cpu
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 CALLS: Any = native.torch_calls()
 assert CALLS is not None, native.torch_calls_unavailable_reason()
 NO_BIASES = (None,) * 4

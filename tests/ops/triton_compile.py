@@ -57,16 +57,22 @@ def compile_launch(launch: Launch, tensors: Sequence[torch.dtype | None]) -> Com
 
 
 def stack_bytes(cubin: bytes) -> int:
-    """The stack of a thread, as the disassembler that comes with Triton reads it."""
-    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """The stack of a thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [os.fspath(disassembler), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.search(r"STACK:(\d+)", usage.stdout + usage.stderr)
-    assert found is not None, usage.stdout + usage.stderr
+        usage = resource_usage(file.name)
+    found = re.search(r"STACK:(\d+)", usage)
+    assert found is not None, usage
     return int(found[1])
+
+
+def resource_usage(file: str, *options: str) -> str:
+    """What each kernel of a file takes, as the disassembler that comes with Triton reads it."""
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [os.fspath(disassembler), *options, "-res-usage", file]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    return usage.stdout + usage.stderr
 
 
 def assembler_report(ptx: str) -> str:

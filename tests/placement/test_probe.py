@@ -105,14 +105,10 @@ def test_activations_that_are_negated_without_being_written_out() -> None:
 
 
 def test_threads_change_nothing() -> None:
-    x, threads = activations(), torch.get_num_threads()
-    try:
-        found = set()
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found |= {(layer_statistics(x), layer_statistics(x, values=5000))}
-    finally:
-        torch.set_num_threads(threads)
+    x, found = activations(), set()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found |= {(layer_statistics(x), layer_statistics(x, values=5000))}
     assert len(found) == 1
 
 

@@ -25,15 +25,6 @@ from rlnas_fast.training.recipe import Recipe
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """With several threads sums are not always added up in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Script:
     """An agent that chooses what it was told to, and remembers what it was told."""
 

@@ -32,13 +32,9 @@ def blas_threads() -> set[int]:
 @pytest.mark.parametrize("before", [1, 2])
 @pytest.mark.parametrize("fail", [_fail_in_torch, _fail_in_numpy])
 def test_restores_the_number_of_threads(before: int, fail: Callable[[], None]) -> None:
-    usual = torch.get_num_threads()
     torch.set_num_threads(before)
-    try:
-        with threadpool_limits(before, user_api="blas"):
-            with pytest.raises(RuntimeError, match="inside"):
-                fail()
-            assert torch.get_num_threads() == before
-            assert blas_threads() == {before}
-    finally:
-        torch.set_num_threads(usual)
+    with threadpool_limits(before, user_api="blas"):
+        with pytest.raises(RuntimeError, match="inside"):
+            fail()
+        assert torch.get_num_threads() == before
+        assert blas_threads() == {before}
