@@ -73,8 +73,8 @@ def interleaved(
         warmup: rounds that are not counted.
         seconds: stops early, after at least 5 rounds, once this much time has passed; the warm-up too, after
             one round.
-        ours: stops after 3 rounds in which every other function took over ``FAR`` times as long as this one,
-            for more of them would decide nothing.
+        ours: stops after 3 rounds, or one that comes late, if in each every other function took over ``FAR``
+            times as long as this one, for more of them would decide nothing.
         synchronize: called before each clock reading, such as ``torch.cuda.synchronize``.
 
     Returns:
@@ -108,7 +108,7 @@ def interleaved(
     rounds: list[dict[str, float]] = []
     while len(rounds) < repeats:
         rounds.append(one_round())
-        if (len(rounds) >= 3 and decided()) or (len(rounds) >= 5 and late()):
+        if ((len(rounds) >= 3 or late()) and decided()) or (len(rounds) >= 5 and late()):
             break
     return {name: [times[name] for times in rounds] for name in functions}
 

@@ -41,6 +41,14 @@ def test_a_race_is_over_where_every_peer_is_far_behind(clock: list[float], peer:
     assert times["peer"][-1] == pytest.approx(peer)
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(5.0, 1), (55.0, 3)])
+def test_where_it_is_late_one_round_is_enough_for_that(
+    clock: list[float], seconds: float, rounds: int
+) -> None:
+    functions = {"ours": taking(clock, 1.0), "slow": taking(clock, 9.0)}
+    assert len(harness.interleaved(functions, ours="ours", seconds=seconds)["ours"]) == rounds
+
+
 @pytest.mark.parametrize(
     ("seconds", "warm", "timed"), [(0.5, 1, 5), (1.5, 2, 5), (5.5, 3, 5), (8.5, 3, 6), (99.0, 3, 21)]
 )
