@@ -21,7 +21,7 @@ setup: $(BASE)
 search: $(BASE)
 	$(PY) -m rlnas_fast.cli search $(ARGS)
 
-# In two processes, whose threads must not spin while they wait: each has as many as there are cores.
+# In two processes: threads that wait must not spin, for the other process wants their core.
 test: $(TEST)
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import nonlocal_attention_gpu_cases as cases
+import pybind11
 import pytest
 import torch
 
@@ -439,11 +442,19 @@ def test_hopper_build_of_the_inference_paths(pool: tuple[int, int] | None) -> No
         assert built.wgmma
 
 
-@pytest.mark.skipif(find_spec("rlnas_fast._cuda") is None, reason="_cuda was not built: no nvcc")
-def test_cuda_kernels_as_built_spill_nothing() -> None:
+def test_cuda_kernels_spill_nothing(tmp_path: Path) -> None:
+    """As they were built; where they were not, for sm_90a or at all, as nvcc builds them now."""
     module = find_spec("rlnas_fast._cuda")
-    assert module is not None
-    usage = resource_usage(str(module.origin), "-arch", "sm_90a")
+    usage = resource_usage(str(module.origin), "-arch", "sm_90a") if module else ""
+    if "nonlocal_attention_cu" not in usage:
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            pytest.skip("no nvcc on this machine, and no build for sm_90a")
+        source, cubin = ROOT / "csrc/cuda/nonlocal_attention.cu", tmp_path / "out.cubin"
+        includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+        options = ["-std=c++17", "-O3", "-cubin", "-arch=sm_90a", *includes]
+        subprocess.run([nvcc, *options, str(source), "-o", str(cubin)], check=True)
+        usage = resource_usage(str(cubin))
     stacks = re.findall(r"Function \S*nonlocal_attention_cu\S*:\s+REG:\d+ STACK:(\d+)", usage)
     assert len(stacks) == 21  # three dtypes: three forward widths, two widths of each backward pass
     assert set(stacks) == {"0"}
