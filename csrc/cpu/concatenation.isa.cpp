@@ -14,7 +14,7 @@ constexpr int64_t kChunk = 32;  // channels of one sweep where a team shares an 
 void shared_sweep(bool team, const Sweep& job, int64_t channels, const Rising& queries, const Rising& keys,
                   std::vector<float>& slopes) {
   if (!team) return sweep(job, queries, keys, 0, channels);
-  const int64_t chunks = blocks_of(channels, kChunk), count = queries.count();
+  const int64_t chunks = ceil_divide(channels, kChunk), count = queries.count();
 #pragma omp single
   slopes.resize(job.weight.data ? chunks * count : 0);
   share(true, chunks, [&](int64_t chunk) {
@@ -24,7 +24,7 @@ void shared_sweep(bool team, const Sweep& job, int64_t channels, const Rising& q
     sweep(part, queries, keys, r.first, r.last);
   });
   if (job.weight.data)
-    share(true, blocks_of(count, kRowBlock), [&](int64_t block) {
+    share(true, ceil_divide(count, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, count);
       for (int64_t i = r.first; i < r.last; i++) {
         float total = 0;
@@ -100,7 +100,7 @@ void forward_in_pairs(const Block& k, const View& x, const View& z, const BlockS
 void backward_in_pairs(const Block& k, const View& x, const View& grad_z, const BlockSaved& saved,
                        const View& grad_x, const BlockGradients& gradients) {
   const BlockShape& shape = k.shape;
-  const int64_t C = k.C, E = k.E, L = k.L, N = k.N, pairs = blocks_of(N, 2);
+  const int64_t C = k.C, E = k.E, L = k.L, N = k.N, pairs = ceil_divide(N, 2);
   const WeightPairs project_back(k.projection, L, C, false, shape.threads),
       output_back(k.out, C, E, false, shape.threads);
   std::vector<float> slopes;
@@ -187,14 +187,14 @@ void concatenation_forward(const BlockShape& shape, const BlockWeights& weights,
     float* means = saved.attention ? saved.attention + b * N * E
                    : team          ? shared_means.data()
                                    : scratch<kOut>(N * E);
-    share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, N);
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * C));
       gemm<Order::row_major>(r.count(), L, C, {from.data, from.ld}, project,
                              {rows + r.first * L, L, k.has_bias ? k.bias.data() : nullptr, 0});
     });
     sweep_image(team, k, rows, means, slopes);
-    share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, N);
       const Rows to = result.target(r.first, scratch<kGradZ>(kRowBlock * C));
       Out out{to.data, to.ld, k.has_bias ? k.out_bias.data() : nullptr, 0};
@@ -237,14 +237,14 @@ void concatenation_backward(const BlockShape& shape, const BlockWeights& weights
     }
     float* grads = team ? shared_grads.data() : scratch<kFree>(N * L);
     float* grad_means = team ? shared_means.data() : scratch<kFree + 1>(N * E);
-    share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, N);
       const Rows grad = upstream.load(r.first, r.last, scratch<kGradZ>(kRowBlock * C));
       gemm<Order::row_major>(r.count(), E, C, {grad.data, grad.ld}, output_back,
                              {grad_means + r.first * E, E});
     });
     sweep_image_back(team, k, rows, grad_means, grads, slopes);
-    share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, N);
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * C));
       const Rows grad = upstream.load(r.first, r.last, scratch<kGradZ>(kRowBlock * C));

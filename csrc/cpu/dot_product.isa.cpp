@@ -10,7 +10,7 @@ constexpr int64_t kOutputRows = 48;  // rows of a small product that one task co
 // Shares the rows of C [rows][columns] = A B among the team.
 template <Order order>
 void shared_gemm(bool team, int64_t rows, int64_t columns, int64_t depth, Left a, Right b, Out c) {
-  share(team, blocks_of(rows, kOutputRows), [&](int64_t block) {
+  share(team, ceil_divide(rows, kOutputRows), [&](int64_t block) {
     const Range r(block, kOutputRows, rows);
     const Left from{a.data + r.first * (order == Order::row_major ? a.ld : 1), a.ld};
     Out to = c;
@@ -63,20 +63,20 @@ void dot_product_forward(const BlockShape& shape, const BlockWeights& weights, c
     float* mixed = saved.terms ? saved.terms + b * D * C
                    : team      ? shared.mixed.data()
                                : scratch<kLogits>(D * C);
-    share(team, blocks_of(k.N, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(k.N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, k.N);
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * C));
       gemm<Order::row_major>(r.count(), L, C, {from.data, from.ld}, project,
                              {rows + r.first * L, L, k.has_bias ? k.bias.data() : nullptr, 0});
     });
     if (k.pools())
-      share(team, blocks_of(k.M, kRowBlock),
+      share(team, ceil_divide(k.M, kRowBlock),
             [&](int64_t block) { k.pool_keys(Range(block, kRowBlock, k.M), rows, pooled, winners); });
     const KeyValue keys = k.keys_of(rows, pooled);
     shared_gemm<Order::depth_major>(team, E, D, k.M, {keys.value.data, keys.value.ld},
                                     {keys.key.data, keys.key.ld}, {small, D, nullptr, 0, scale.data()});
     shared_gemm<Order::depth_major>(team, D, C, E, {small, D}, output, {mixed, C});
-    share(team, blocks_of(k.N, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(k.N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, k.N);
       const Rows to = result.target(r.first, scratch<kGradZ>(kRowBlock * C));
       Out out{to.data, to.ld, k.has_bias ? k.out_bias.data() : nullptr, 0};
@@ -130,7 +130,7 @@ void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, 
         for (int64_t c = 0; c < width; c++)
           pooled[m * width + c] = rows[k.position(m, winners[m * width + c]) * L + D + c];
       });
-    share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, N);
       upstream.load(r.first, r.last, grad_rows + r.first * C);
     });
@@ -145,7 +145,7 @@ void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, 
     });
     shared_gemm<Order::depth_major>(team, E, D, C, {k.out.data(), E}, {grad_mixed_turned, D},
                                     {grad_small, D});
-    share(team, blocks_of(C, kOutputRows), [&](int64_t block) {
+    share(team, ceil_divide(C, kOutputRows), [&](int64_t block) {
       const Range r(block, kOutputRows, C);
       float* out = sums.out(thread) + r.first * E;
       gemm<Order::depth_major>(r.count(), E, D, {grad_mixed + r.first, C}, {small_turned, E},
@@ -155,7 +155,7 @@ void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, 
     // Gradients of the projections.
     const Rows grad_key = k.pools() ? Rows{pooled + M * width, width} : Rows{grads + D, L};
     const Rows grad_value{grad_key.data + D, grad_key.ld};
-    share(team, blocks_of(M, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(M, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, M);
       gemm<Order::row_major>(r.count(), D, E, {keys.value.at(r.first), keys.value.ld}, {grad_small, D},
                              {grad_key.at(r.first), grad_key.ld, nullptr, 0, scale.data()});
@@ -169,7 +169,7 @@ void dot_product_backward(const BlockShape& shape, const BlockWeights& weights, 
           grads[k.position(m, winners[m * width + c]) * L + D + c] = grad_key.at(m)[c];
       });
     }
-    share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, N);
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * C));
       const Rows upstream_rows{grad.at(r.first), grad.ld}, here{grads + r.first * L, L};

@@ -29,10 +29,10 @@ void bf16_dot_product_forward(const BlockShape& shape, const BlockWeights& given
     const HalfRows mixed = saved.terms ? saved_rows(saved.terms, b, D, C)
                                        : HalfRows{reinterpret_cast<Half*>(scratch<kLogits>(D * C)), C};
     const HalfRows keys = project_pairs(k, from, project.right(), saved.winners, b, rows);
-    Pair* lefts = reinterpret_cast<Pair*>(scratch<kGradLogits>(blocks_of(M, 2) * D));
+    Pair* lefts = reinterpret_cast<Pair*>(scratch<kGradLogits>(ceil_divide(M, 2) * D));
     interleave(keys, M, D, lefts, D);
     pair_gemm<Order::depth_major>(
-        D, E, blocks_of(M, 2), {lefts, D},
+        D, E, ceil_divide(M, 2), {lefts, D},
         pair_panels({keys.data + D, keys.ld}, M, E, scratch<kFree + 1>(panels_size(M, E))),
         {nullptr, small.data, E, false, nullptr, 0, nullptr, scale.data()});
     pair_gemm<Order::row_major>(D, C, E / 2, left_of(small), output.right(), {nullptr, mixed.data, C});
@@ -68,14 +68,14 @@ void bf16_dot_product_backward(const BlockShape& shape, const BlockWeights& give
     Half* spare = reinterpret_cast<Half*>(scratch<kLogits>(D * C + D * E));
     const HalfRows mixed = saved_rows(saved.terms, b, D, C), grad_mixed{spare, C},
                    grad_small{spare + D * C, E};
-    const int64_t pairs = blocks_of(N, 2), widest = std::max({C, E, L, D});
-    Pair* lefts = reinterpret_cast<Pair*>(scratch<kFree + 6>(std::max(pairs, blocks_of(D, 2)) * widest));
+    const int64_t pairs = ceil_divide(N, 2), widest = std::max({C, E, L, D});
+    Pair* lefts = reinterpret_cast<Pair*>(scratch<kFree + 6>(std::max(pairs, ceil_divide(D, 2)) * widest));
     float* rights = scratch<kFree + 2>(panels_size(std::max({N, D, E, C}), widest));
     interleave(rows, N, D, lefts, D);
     pair_gemm<Order::depth_major>(D, C, pairs, {lefts, D}, pair_panels(grad, N, C, rights),
                                   {nullptr, grad_mixed.data, C});
     interleave(grad_mixed, D, C, lefts, C);
-    pair_gemm<Order::depth_major>(C, E, blocks_of(D, 2), {lefts, C}, pair_panels(small, D, E, rights),
+    pair_gemm<Order::depth_major>(C, E, ceil_divide(D, 2), {lefts, C}, pair_panels(small, D, E, rights),
                                   {out, nullptr, E, true});
     pair_gemm<Order::row_major>(D, E, C / 2, left_of(grad_mixed), output_back.right(),
                                 {nullptr, grad_small.data, E, false, nullptr, 0, nullptr, scale.data()});

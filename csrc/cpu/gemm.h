@@ -36,6 +36,8 @@ struct Out {
   const float* row_scale = nullptr;  // multiplies each row of the result
 };
 
+RLNAS_INLINE int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Memory that will be needed soon, fetched a few lines between two tiles of products, so that nothing waits.
 class Ahead {
  public:
@@ -62,39 +64,55 @@ class Ahead {
 };
 
 constexpr int kLastSteps = kWidth == 16 ? 3 : 1;  // whose right operands fit the registers beside the sums
+constexpr int kUnrolled = kWidth == 16 ? 1 : 2;   // steps between two jumps
+
+template <class T>
+RLNAS_INLINE const T* bytes_on(const T* from, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) + bytes);
+}
 
 // Takes all steps of a tile of R rows and V vectors: for each, `add` adds to sums[r][v] an element of the
-// left operand `a` times a vector that `load` reads from the right operand `b`; `done` writes row r.
+// left operand `a` times a vector that `load` reads from the right operand `b`; `done` writes row r, after
+// those before it.
 //
 // The last steps are taken row by row and each row is written as soon as it is done: two dozen stores in a
 // row would fill the store buffer and keep the products of the next tile waiting.
 template <int R, int V, Order order, class Operand, class Load, class Add, class Done>
 RLNAS_INLINE void take_steps(int64_t depth, Operand a, Operand b, Load load, Add add, Done done) {
-  constexpr int kGroups = (R + 2) / 3;  // rows in threes: base, base + ld, base + 2 ld need one register each
-  const int64_t row = order == Order::row_major ? a.ld : 1, step = order == Order::row_major ? 1 : a.ld;
+  constexpr bool by_row = order == Order::row_major;
+  constexpr int kGroups =
+      by_row ? (R + 2) / 3 : 1;  // in threes: base, base + ld, base + 2 ld share a register
+  constexpr int64_t kSize = sizeof(*a.data);
+  int64_t lda = a.ld * kSize, ldb = b.ld * kSize;  // in bytes, as addresses are counted
   decltype(a.data) base[kGroups];
   base[0] = a.data;
-  for (int i = 1; i < kGroups; i++) base[i] = base[i - 1] + 3 * row;
+  for (int i = 1; i < kGroups; i++) base[i] = bytes_on(base[i - 1], 3 * lda);
   using Vector = decltype(load(b.data, 0));
   const auto load_all = [&](int64_t k, Vector* right) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) right[v] = load(b.data + k * b.ld + v * kWidth, v);
+    for (int v = 0; v < V; v++) right[v] = load(bytes_on(b.data, k * ldb) + v * kWidth, v);
   };
   const auto add_all = [&](int r, int64_t k, const Vector* right) __attribute__((always_inline)) {
-    const auto left = base[r / 3][(r % 3) * row + k * step];
+    const auto left =
+        by_row ? bytes_on(base[by_row ? r / 3 : 0], r % 3 * lda)[k] : bytes_on(base[0], k * lda)[r];
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) add(r, v, left, right[v]);
   };
-  const auto steps = [&](int64_t count) __attribute__((always_inline)) {
-    for (int64_t k = 0; k < count; k++) {
-      Vector right[V];
-      load_all(0, right);
-      b.data += b.ld;
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) add_all(r, 0, right);
+  const auto steps = [&](auto few) __attribute__((always_inline)) {
+    constexpr int kSteps = few();
+    asm(""
+        : "+r"(lda),
+          "+r"(ldb));  // taken for new, or sums of them would be kept, for which there is no register
 #pragma GCC unroll 4
-      for (int i = 0; i < kGroups; i++) base[i] += step;
+    for (int k = 0; k < kSteps; k++) {
+      Vector right[V];
+      load_all(k, right);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) add_all(r, k, right);
     }
+    b.data = bytes_on(b.data, kSteps * ldb);
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroups; i++) base[i] = bytes_on(base[i], kSteps * (by_row ? kSize : lda));
   };
   const auto finish = [&](auto few) __attribute__((always_inline)) {
     constexpr int kSteps = few();
@@ -108,69 +126,75 @@ RLNAS_INLINE void take_steps(int64_t depth, Operand a, Operand b, Load load, Add
       done(r);
     }
   };
-  if (depth >= kLastSteps) {
-    steps(depth - kLastSteps);
+  const bool enough = depth >= kLastSteps;
+  int64_t count = enough ? depth - kLastSteps : depth;
+  for (; count >= kUnrolled; count -= kUnrolled) steps(std::integral_constant<int, kUnrolled>{});
+  for (; count > 0; count--) steps(std::integral_constant<int, 1>{});
+  if (enough)
     finish(std::integral_constant<int, kLastSteps>{});
-  } else {
-    steps(depth);
+  else
     finish(std::integral_constant<int, 0>{});
-  }
 }
 
 // Rows this far apart lie in a page each and share few sets of the first-level cache, so that every tile
 // would fetch those of an operand from the second again, and wait at its end for those that it adds to.
 constexpr int64_t kFarApart = 256;
 
-// Writes rows [m, m + R) of C from column n on; `a` begins at row m.  `c` is not copied for a tile, for what
-// vectors have copied is read back only once they are written.
+// Writes `tiles` tiles of R rows of C, one below the other, from row m and column n on; `a` begins at row m,
+// and at `next` floats more for each tile.  A call for each tile would take as long as half a dozen steps.
 template <int R, int V, Order order, bool tail>
-static __attribute__((noinline)) void tile(int64_t depth, Left a, const float* b, int64_t ldb, const Out& c,
-                                           int64_t m, int64_t n, int64_t last) {
-  Vec sums[R][V];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) sums[r][v] = Vec{};
+static __attribute__((noinline)) void column(int64_t tiles, int64_t depth, Left a, int64_t next,
+                                             const float* b, int64_t ldb, const Out& c, int64_t m, int64_t n,
+                                             int64_t last, Ahead* ahead) {
   float* data = c.data + m * c.ld + n;
   const float *init = c.init ? c.init + m * c.init_ld + n : nullptr,
               *scale = c.row_scale ? c.row_scale + m : nullptr;
   const int64_t ld = c.ld, init_ld = c.init_ld;
-  if (ld >= kFarApart) {
+  for (; tiles > 0; tiles--) {
+    Vec sums[R][V];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) __builtin_prefetch(data + r * ld, 1);
-  }
-  take_steps<R, V, order>(
-      depth, a, Left{b, ldb},
-      [&](const float* at, int v)
-          __attribute__((always_inline)) { return tail && v == V - 1 ? load_some(at, last) : load(at); },
-      [&](int r, int v, float left, Vec right)
-          __attribute__((always_inline)) { sums[r][v] += broadcast(left) * right; },
-      [&](int r) __attribute__((always_inline)) {
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-        for (int v = 0; v < V; v++) {
-          Vec sum = sums[r][v];
-          const bool some = tail && v == V - 1;
-          if (init) {
-            const float* from = init + r * init_ld + v * kWidth;
-            sum += some ? load_some(from, last) : load(from);
+      for (int v = 0; v < V; v++) sums[r][v] = Vec{};
+    if (ld >= kFarApart) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) __builtin_prefetch(data + r * ld, 1);
+    }
+    take_steps<R, V, order>(
+        depth, a, Left{b, ldb},
+        [&](const float* at, int v)
+            __attribute__((always_inline)) { return tail && v == V - 1 ? load_some(at, last) : load(at); },
+        [&](int r, int v, float left, Vec right)
+            __attribute__((always_inline)) { sums[r][v] += broadcast(left) * right; },
+        [&](int r) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+          for (int v = 0; v < V; v++) {
+            Vec sum = sums[r][v];
+            const bool some = tail && v == V - 1;
+            if (init) sum += some ? load_some(init + v * kWidth, last) : load(init + v * kWidth);
+            if (scale) sum *= *scale;
+            if (some)
+              store_some(data + v * kWidth, sum, last);
+            else
+              store(data + v * kWidth, sum);
           }
-          if (scale) sum *= scale[r];
-          if (some)
-            store_some(data + r * ld + v * kWidth, sum, last);
-          else
-            store(data + r * ld + v * kWidth, sum);
-        }
-      });
+          data += ld;
+          if (init) init += init_ld;
+          if (scale) scale++;
+        });
+    a.data += next;
+    if (ahead) ahead->step();
+  }
 }
 
 template <int V, Order order, bool tail, int R = kRows>
-RLNAS_INLINE void tile_of(int64_t rows, int64_t depth, Left a, const float* b, int64_t ldb, const Out& c,
-                          int64_t m, int64_t n, int64_t last) {
+RLNAS_INLINE void column_of(int64_t rows, int64_t tiles, int64_t depth, Left a, int64_t next, const float* b,
+                            int64_t ldb, const Out& c, int64_t m, int64_t n, int64_t last, Ahead* ahead) {
   if constexpr (R > 0) {
     if (rows == R)
-      tile<R, V, order, tail>(depth, a, b, ldb, c, m, n, last);
+      column<R, V, order, tail>(tiles, depth, a, next, b, ldb, c, m, n, last, ahead);
     else
-      tile_of<V, order, tail, R - 1>(rows, depth, a, b, ldb, c, m, n, last);
+      column_of<V, order, tail, R - 1>(rows, tiles, depth, a, next, b, ldb, c, m, n, last, ahead);
   }
 }
 
@@ -190,8 +214,6 @@ static inline const float* side_by_side(const float* from, int64_t ld, int64_t d
     }
   return panel;
 }
-
-RLNAS_INLINE int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A depth-major left operand tile by tile, [depth][rows of the tile].
 static inline const float* tile_by_tile(Left from, int64_t rows, int64_t depth) {
@@ -231,21 +253,23 @@ static void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, 
     const int64_t left = std::min<int64_t>(columns - n, kPanel), last = left % kWidth;
     const float* panel = b.data + n / kPanel * b.stride;
     if (copied) panel = side_by_side(panel, b.ld, depth, left);
-    for (int64_t m = 0, tiles = ceil_divide(rows, kRows); tiles > 0; tiles--) {
-      const int64_t some = ceil_divide(rows - m, tiles);  // tiles of almost equal height
+    for (int64_t m = 0, tiles = ceil_divide(rows, kRows); tiles > 0;) {
+      const int64_t some = ceil_divide(rows - m, tiles);   // tiles of almost equal height: so many rows in
+      const int64_t same = rows - m - tiles * (some - 1);  // so many tiles, and one less in what is left
       const Left from = tiled                       ? Left{a.data + m * depth, some}
                         : order == Order::row_major ? Left{a.data + m * a.ld, a.ld}
                                                     : Left{a.data + m, a.ld};
+      const int64_t next = some * (tiled ? depth : order == Order::row_major ? a.ld : 1);
       if (left > kWidth && last == 0)
-        tile_of<2, order, false>(some, depth, from, panel, ld, c, m, n, last);
+        column_of<2, order, false>(some, same, depth, from, next, panel, ld, c, m, n, last, ahead);
       else if (left > kWidth)
-        tile_of<2, order, true>(some, depth, from, panel, ld, c, m, n, last);
+        column_of<2, order, true>(some, same, depth, from, next, panel, ld, c, m, n, last, ahead);
       else if (last == 0)
-        tile_of<1, order, false>(some, depth, from, panel, ld, c, m, n, last);
+        column_of<1, order, false>(some, same, depth, from, next, panel, ld, c, m, n, last, ahead);
       else
-        tile_of<1, order, true>(some, depth, from, panel, ld, c, m, n, last);
-      if (ahead) ahead->step();
-      m += some;
+        column_of<1, order, true>(some, same, depth, from, next, panel, ld, c, m, n, last, ahead);
+      m += same * some;
+      tiles -= same;
     }
   }
 }

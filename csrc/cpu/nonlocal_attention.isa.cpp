@@ -29,7 +29,7 @@ struct LoadedKeys {
     }
     float* key = team ? shared_keys.data() : scratch<kFree>(shape.keys * shape.inner);
     float* value = team ? shared_values.data() : scratch<kFree + 1>(shape.keys * shape.value);
-    share(team, blocks_of(shape.keys, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(shape.keys, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, shape.keys);
       phi.load(r.first, r.last, key + r.first * shape.inner);
       g.load(r.first, r.last, value + r.first * shape.value);
@@ -77,7 +77,7 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
     uint8_t* winners = saved.winners        ? saved.winners + b * k.M * width
                        : team || !k.pools() ? shared_winners.data()
                                             : reinterpret_cast<uint8_t*>(scratch<kFree + 2>(k.M * width));
-    share(team, blocks_of(k.N, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(k.N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, k.N);
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * k.C));
       k.copy_own(from, r.count(), rows + r.first * k.L);
@@ -86,10 +86,10 @@ void block_forward(const BlockShape& shape, const BlockWeights& weights, const V
                              ahead);
     });
     if (k.pools())
-      share(team, blocks_of(k.M, kRowBlock),
+      share(team, ceil_divide(k.M, kRowBlock),
             [&](int64_t block) { k.pool_keys(Range(block, kRowBlock, k.M), rows, pooled, winners); });
     const KeyValue keys = k.keys_of(rows, pooled);
-    share(team, blocks_of(k.N, size), [&](int64_t tile) {
+    share(team, ceil_divide(k.N, size), [&](int64_t tile) {
       const Range r(tile, size, k.N);
       const Rows attention = saved.attention ? Rows{saved.attention + (b * k.N + r.first) * k.E, k.E}
                                              : Rows{scratch<kOut>(size * k.E), k.E};
@@ -161,7 +161,7 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
     const KeyValue keys = k.keys_of(rows, pooled);
     const KeyValue grad_keys = apart ? KeyValue{{key_sums, width}, {key_sums + D, width}, M}
                                      : KeyValue{{grads + D, L}, {grads + 2 * D, L}, N};
-    share(team, blocks_of(N, size), [&](int64_t tile) {
+    share(team, ceil_divide(N, size), [&](int64_t tile) {
       const Range r(tile, size, N);
       const Rows grad = grad_out_image.load(r.first, r.last, scratch<kGradZ>(kRowBlock * C));
       const Rows grad_attention{scratch<kOut>(size * E), E};
@@ -178,7 +178,7 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
                         D, E, keys, grad_query, grad_keys, !apart && tile == 0);
     });
     if (apart) {
-      share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
+      share(team, ceil_divide(N, kRowBlock), [&](int64_t block) {
         const Range r(block, kRowBlock, N);
         for (int64_t n = r.first; n < r.last; n++) std::memset(grads + n * L + D, 0, sizeof(float) * (L - D));
       });
@@ -191,7 +191,7 @@ void block_backward(const BlockShape& shape, const BlockWeights& weights, const 
         }
       });
     }
-    share(team, blocks_of(N, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(N, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, N);
       const Rows from = image.load(r.first, r.last, scratch<kX>(kRowBlock * C));
       const Rows grad = grad_out_image.load(r.first, r.last, scratch<kGradZ>(kRowBlock * C));
@@ -220,7 +220,7 @@ void attention_forward(const AttentionShape& shape, const View& theta, const Vie
     const Image query(theta, b, shape.inner, queries), out(y, b, shape.value, queries);
     const LoadedKeys loaded(shape, Image(phi, b, shape.inner, keys), Image(g, b, shape.value, keys), team,
                             shared_keys, shared_values);
-    share(team, blocks_of(shape.queries, kForwardTile), [&](int64_t tile) {
+    share(team, ceil_divide(shape.queries, kForwardTile), [&](int64_t tile) {
       const Range r(tile, kForwardTile, shape.queries);
       const Rows to = out.target(r.first, scratch<kOut>(kForwardTile * shape.value));
       attend(query.load(r.first, r.last, scratch<kX>(kForwardTile * shape.inner)), r.count(), shape.inner,
@@ -245,7 +245,7 @@ void attention_backward(const AttentionShape& shape, const View& theta, const Vi
                             shared_values);
     float* sums = shared.key_sums[omp_get_thread_num()] = scratch<kFree + 2>(M * width);
     std::memset(sums, 0, sizeof(float) * M * width);
-    share(team, blocks_of(shape.queries, kBackwardTile), [&](int64_t tile) {
+    share(team, ceil_divide(shape.queries, kBackwardTile), [&](int64_t tile) {
       const Range r(tile, kBackwardTile, shape.queries);
       const Rows to = grad_query.target(r.first, scratch<kFree + 3>(kBackwardTile * D));
       attend_backward(query.load(r.first, r.last, scratch<kX>(kBackwardTile * D)),
@@ -256,7 +256,7 @@ void attention_backward(const AttentionShape& shape, const View& theta, const Vi
       grad_query.finish(r.first, r.last, to);
     });
     const std::vector<float*> parts = team ? shared.key_sums : std::vector<float*>{sums};
-    share(team, blocks_of(M, kRowBlock), [&](int64_t block) {
+    share(team, ceil_divide(M, kRowBlock), [&](int64_t block) {
       const Range r(block, kRowBlock, M);
       const Rows key = grad_key.target(r.first, scratch<kX>(kRowBlock * D));
       const Rows value = grad_value.target(r.first, scratch<kGradZ>(kRowBlock * E));

@@ -30,7 +30,7 @@ RLNAS_INLINE Vec power_of_two(Vec t) {
 void attend_pairs(HalfRows query, int64_t count, int64_t D, int64_t E, HalfRows key, int64_t keys,
                   RightPairs values, HalfRows out, HalfRows terms, float* lse) {
   constexpr int64_t T = kForwardTile;
-  const int64_t lanes = blocks_of(count, kWidth) * kWidth, pairs = blocks_of(keys, 2);
+  const int64_t lanes = ceil_divide(count, kWidth) * kWidth, pairs = ceil_divide(keys, 2);
   const RightPairs queries = pair_lanes(query, count, D, scratch<kQueries>(T * D));
   float* logits = scratch<kLogits>(T * 2 * pairs);
   uint32_t* weights = reinterpret_cast<uint32_t*>(scratch<kGradLogits>(T * pairs));
@@ -66,7 +66,7 @@ void attend_backward_pairs(HalfRows query, HalfRows grad_out, HalfRows terms, co
                            RightPairs key_pairs, HalfRows grad_query, float* grad_key, float* grad_value,
                            HalfRows square) {
   constexpr int64_t T = kBackwardTile;
-  const int64_t lanes = blocks_of(count, kWidth) * kWidth, pairs = blocks_of(keys, 2);
+  const int64_t lanes = ceil_divide(count, kWidth) * kWidth, pairs = ceil_divide(keys, 2);
   const RightPairs grads = pair_lanes(grad_out, count, E, scratch<kGradQueries>(T * E));
   float *logits = scratch<kLogits>(2 * T * keys), *grad_logits = logits + T * keys;
   uint32_t* mixed = reinterpret_cast<uint32_t*>(scratch<kGradLogits>(T * (pairs + keys)));
@@ -99,7 +99,7 @@ void attend_backward_pairs(HalfRows query, HalfRows grad_out, HalfRows terms, co
       _mm512_storeu_si512(mixed + j / 2 * T + n, paired(even, odd));
     }
   }
-  const int64_t depth = blocks_of(count, 2);
+  const int64_t depth = ceil_divide(count, 2);
   float* buffer = scratch<kGradQueries>(panels_size(T, E));  // the lanes have been used
   pair_gemm<Order::row_major>(keys, E, depth, left_of(weights), pair_panels(grad_out, count, E, buffer),
                               {grad_value, nullptr, E, true});

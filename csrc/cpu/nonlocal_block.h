@@ -92,8 +92,6 @@ void over_images(int64_t batch, int threads, bool deterministic, F task) {
   for (int64_t b = 0; b < batch; b++) task(b, true);
 }
 
-int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 struct Range {
   int64_t first, last;
   Range(int64_t block, int64_t size, int64_t count)
@@ -130,7 +128,7 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size)
-      : data_(static_cast<float*>(std::aligned_alloc(64, blocks_of(size, 16) * 64))), size_(size) {
+      : data_(static_cast<float*>(std::aligned_alloc(64, ceil_divide(size, 16) * 64))), size_(size) {
     if (!data_ && size > 0) throw std::bad_alloc();
   }
   float* data() const { return data_.get(); }
@@ -160,7 +158,7 @@ constexpr int64_t kPart = 4096;  // floats of one task of `spread`
 
 // A dense matrix [rows][columns] of any dtype as float32.
 void to_float(DType dtype, const void* from, int64_t count, float* to, int threads = 1) {
-  spread(threads, blocks_of(count, kPart), count, [&](int64_t block) {
+  spread(threads, ceil_divide(count, kPart), count, [&](int64_t block) {
     const Range r(block, kPart, count);
     with_dtype(dtype, [&](auto type) {
       using D = decltype(type);
@@ -173,7 +171,7 @@ void to_float(DType dtype, const void* from, int64_t count, float* to, int threa
 // Panels of a right operand [depth][columns] or, transposed, of [columns][depth].
 [[maybe_unused]] Right packed(const float* from, int64_t depth, int64_t columns, bool transposed,
                               Buffer& buffer, int threads) {
-  const int64_t stride = kPanel * depth, panels = blocks_of(columns, kPanel);
+  const int64_t stride = kPanel * depth, panels = ceil_divide(columns, kPanel);
   buffer = Buffer(panels * stride);
   spread(threads, panels, buffer.size(), [&](int64_t index) {
     const int64_t n = index * kPanel, some = std::min<int64_t>(kPanel, columns - n);
@@ -191,7 +189,7 @@ void to_float(DType dtype, const void* from, int64_t count, float* to, int threa
 // float32 as a dense tensor of any dtype, which may be absent.
 void from_float(DType dtype, const float* from, int64_t count, void* to, int threads = 1) {
   if (!to) return;
-  spread(threads, blocks_of(count, kPart), count, [&](int64_t block) {
+  spread(threads, ceil_divide(count, kPart), count, [&](int64_t block) {
     const Range r(block, kPart, count);
     with_dtype(dtype, [&](auto type) {
       using D = decltype(type);
@@ -358,7 +356,7 @@ class WeightSums {
   void store(const BlockGradients& to) {
     const int threads = static_cast<int>(parts_.size());
     float* total = part(0);
-    spread(threads, blocks_of(size(), kPart), size(), [&](int64_t block) {
+    spread(threads, ceil_divide(size(), kPart), size(), [&](int64_t block) {
       const Range r(block, kPart, size());
       for (const Part& part : parts_)
         for (const Buffer* each : {&part.sums, &part.total})

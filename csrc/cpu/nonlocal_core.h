@@ -110,19 +110,24 @@ template <class F>
 RLNAS_INLINE Moments moments_over(int64_t keys, F term) {
   Moments total{};
   for (int64_t k = 0; k < keys;) {
-    Moments part[4]{};
+    Vec mass[4], mean[4];  // no array of Moments: the compiler would keep it in memory
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) mass[i] = mean[i] = Vec{};
     const int64_t end = std::min(keys, k + 32);
-    const auto add = [&term](Moments& to, int64_t key) {
-      const auto [p, grad] = term(key);
-      to.mass += p;
-      to.mean += p * grad;
+    const auto add = [&](int i) __attribute__((always_inline)) {
+      const auto [p, grad] = term(k + i);
+      mass[i] += p;
+      mean[i] += p * grad;
     };
     for (; k + 4 <= end; k += 4)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) add(part[i], k + i);
-    for (; k < end; k++) add(part[k % 4], k);
-    total.mass += (part[0].mass + part[1].mass) + (part[2].mass + part[3].mass);
-    total.mean += (part[0].mean + part[1].mean) + (part[2].mean + part[3].mean);
+      for (int i = 0; i < 4; i++) add(i);
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; i++)
+      if (k + i < end) add(i);
+    k = end;
+    total.mass += (mass[0] + mass[1]) + (mass[2] + mass[3]);
+    total.mean += (mean[0] + mean[1]) + (mean[2] + mean[3]);
   }
   return total;
 }
@@ -191,18 +196,29 @@ static inline int64_t kept_tile(int64_t positions) {
   return kept_lanes((positions + tiles - 1) / tiles);
 }
 
-// to[j] = row . rows_j over channels; up to the next multiple of kWidth the rest is 0.
+// to[j] = row . rows_j over channels, written in whole vectors.
 static inline void row_products(const float* row, int64_t channels, Rows rows, int64_t count, float* to) {
   for (int64_t j = 0; j < count; j += kWidth) {
-    Vec parts[kWidth] = {};
-    for (int64_t i = 0; i < std::min<int64_t>(kWidth, count - j); i++) {
-      const float* other = rows.at(j + i);
-      int64_t c = 0;
-      for (; c + kWidth <= channels; c += kWidth) parts[i] += load(row + c) * load(other + c);
-      if (c < channels) parts[i] += load_some(row + c, channels - c) * load_some(other + c, channels - c);
+    const float* others[kWidth];
+    for (int i = 0; i < kWidth; i++) others[i] = rows.at(std::min(j + i, count - 1));
+    Vec parts[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; i++) parts[i] = Vec{};
+    int64_t c = 0;
+    for (; c + kWidth <= channels; c += kWidth) {
+      const Vec own = load(row + c);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; i++) parts[i] += own * load(others[i] + c);
+    }
+    if (c < channels) {
+      const Vec own = load_some(row + c, channels - c);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; i++) parts[i] += own * load_some(others[i] + c, channels - c);
     }
     transpose(parts);
+#pragma GCC unroll 4
     for (int half = kWidth / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
       for (int i = 0; i < half; i++) parts[i] += parts[i + half];
     store(to + j, parts[0]);
   }

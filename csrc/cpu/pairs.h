@@ -63,7 +63,7 @@ Write write_of(const PairOut& c) {
   return c.row_scale ? Write::scaled : c.init ? Write::begun : Write::half;
 }
 
-// As `tile` of gemm.h.
+// As one tile of `column` of gemm.h.
 template <int R, int V, Order order, Write write>
 static __attribute__((noinline)) void pair_tile(int64_t pairs, LeftPairs a, const Pair* b, int64_t ldb,
                                                 const PairOut& c, int64_t m, int64_t n, int64_t last) {
@@ -131,9 +131,8 @@ void pair_gemm_to(int64_t rows, int64_t columns, int64_t pairs, LeftPairs a, Rig
   for (int64_t n = 0; n < columns; n += kPanel) {
     const int64_t left = std::min<int64_t>(columns - n, kPanel);
     const Pair* panel = b.data + n / kPanel * b.stride;
-    int64_t tiles = (rows + kRows - 1) / kRows;
-    for (int64_t m = 0; tiles > 0; tiles--) {
-      const int64_t some = (rows - m + tiles - 1) / tiles;
+    for (int64_t m = 0, tiles = ceil_divide(rows, kRows); tiles > 0; tiles--) {
+      const int64_t some = ceil_divide(rows - m, tiles);
       const LeftPairs from{a.data + m * (order == Order::row_major ? a.ld : 1), a.ld};
       if (left > kWidth)
         pair_tile_of<2, order, write>(some, pairs, from, panel, b.ld, c, m, n, left - kWidth);
@@ -173,14 +172,14 @@ void interleave(HalfRows rows, int64_t count, int64_t columns, Pair* to, int64_t
 // The same as panels [panel][row / 2][kPanel] of a right operand, which a product reads line by line.
 RightPairs pair_panels(HalfRows rows, int64_t count, int64_t columns, float* buffer) {
   Pair* to = reinterpret_cast<Pair*>(buffer);
-  const int64_t stride = blocks_of(count, 2) * kPanel;
+  const int64_t stride = ceil_divide(count, 2) * kPanel;
   for (int64_t c = 0; c < columns; c += kPanel)
     interleave({rows.data + c, rows.ld}, count, std::min<int64_t>(kPanel, columns - c),
                to + c / kPanel * stride, kPanel);
   return {to, kPanel, stride};
 }
 int64_t panels_size(int64_t count, int64_t columns) {
-  return blocks_of(count, 2) * blocks_of(columns, kPanel) * kPanel;
+  return ceil_divide(count, 2) * ceil_divide(columns, kPanel) * kPanel;
 }
 
 // Queries in the lanes: panels [panel][channel / 2][kPanel] of pairs.
@@ -219,15 +218,15 @@ void add_halves(HalfRows from, int64_t count, int64_t columns, Rows to) {
 class WeightPairs {
  public:
   WeightPairs(const Buffer& weights, int64_t depth, int64_t columns, bool transposed, int threads)
-      : halves_(blocks_of(weights.size(), 2)), pairs_(panels_size(depth, columns)) {
+      : halves_(ceil_divide(weights.size(), 2)), pairs_(panels_size(depth, columns)) {
     const int64_t lines = transposed ? columns : depth, length = transposed ? depth : columns;
     const HalfRows rows{reinterpret_cast<Half*>(halves_.data()), length};
-    spread(threads, blocks_of(lines, kPanel), weights.size(), [&](int64_t index) {
+    spread(threads, ceil_divide(lines, kPanel), weights.size(), [&](int64_t index) {
       const Range r(index, kPanel, lines);
       narrow(weights.data() + r.first * length, r.count(), length, rows.below(r.first));
     });
     const int64_t stride = depth / 2 * kPanel;
-    spread(threads, blocks_of(columns, kPanel), weights.size(), [&](int64_t index) {
+    spread(threads, ceil_divide(columns, kPanel), weights.size(), [&](int64_t index) {
       const Range r(index, kPanel, columns);
       float* panel = pairs_.data() + index * stride;
       if (transposed)
