@@ -74,7 +74,8 @@ def interleaved(
         seconds: stops early, after at least 5 rounds, once this much time has passed; the warm-up too, after
             one round.
         ours: stops after 3 rounds, or one that comes late, if in each every other function took over ``FAR``
-            times as long as this one, for more of them would decide nothing.
+            times as long as this one, for more of them would decide nothing.  A warm-up in which they did,
+            and which comes late, counts.
         synchronize: called before each clock reading, such as ``torch.cuda.synchronize``.
 
     Returns:
@@ -101,15 +102,17 @@ def interleaved(
             other > FAR * times[ours] for times in rounds for name, other in times.items() if name != ours
         )
 
+    rounds: list[dict[str, float]] = []
     for _ in range(warmup):
-        one_round()
+        rounds.append(one_round())
         if late():
             break
-    rounds: list[dict[str, float]] = []
-    while len(rounds) < repeats:
-        rounds.append(one_round())
-        if ((len(rounds) >= 3 or late()) and decided()) or (len(rounds) >= 5 and late()):
-            break
+    if not (rounds and late() and decided()):
+        rounds.clear()
+        while len(rounds) < repeats:
+            rounds.append(one_round())
+            if (len(rounds) >= 3 and decided()) or (late() and (len(rounds) >= 5 or decided())):
+                break
     return {name: [times[name] for times in rounds] for name in functions}
 
 

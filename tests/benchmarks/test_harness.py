@@ -41,12 +41,22 @@ def test_a_race_is_over_where_every_peer_is_far_behind(clock: list[float], peer:
     assert times["peer"][-1] == pytest.approx(peer)
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(5.0, 1), (55.0, 3)])
-def test_where_it_is_late_one_round_is_enough_for_that(
-    clock: list[float], seconds: float, rounds: int
+@pytest.mark.parametrize(
+    ("peer", "seconds", "rounds", "end"),
+    [
+        (9.0, 5.0, 1, 10.0),
+        (9.0, 25.0, 3, 30.0),
+        (9.0, 35.0, 1, 40.0),
+        (9.0, 99.0, 3, 60.0),
+        (2.0, 5.0, 5, 21.0),
+    ],
+)
+def test_where_it_is_late_one_round_is_enough_for_that_and_the_warm_up_counts(
+    clock: list[float], peer: float, seconds: float, rounds: int, end: float
 ) -> None:
-    functions = {"ours": taking(clock, 1.0), "slow": taking(clock, 9.0)}
+    functions = {"ours": taking(clock, 1.0), "slow": taking(clock, peer)}
     assert len(harness.interleaved(functions, ours="ours", seconds=seconds)["ours"]) == rounds
+    assert clock[0] == end
 
 
 @pytest.mark.parametrize(
