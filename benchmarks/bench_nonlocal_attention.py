@@ -254,6 +254,10 @@ def runs_of(case: Case, compiled: bool = False) -> dict[str, Callable[[], object
         runs[name] = run_of(peer, last, (wide, weights.out, weights.pair), case.backward)
     if pair is None or channels * side**4 * batch <= 2**28:  # 2C' x N x N is 1 GiB there
         runs["textbook"] = run_of(book, usual, weights, case.backward)
+    if compiled:  # now, for their compilation is no part of a round, nor of the time that a case has
+        for name, run in runs.items():
+            if name.startswith("compiled"):
+                run()
     return runs
 
 
