@@ -80,8 +80,7 @@ RLNAS_INLINE const T* bytes_on(const T* from, int64_t bytes) {
 template <int R, int V, Order order, class Operand, class Load, class Add, class Done>
 RLNAS_INLINE void take_steps(int64_t depth, Operand a, Operand b, Load load, Add add, Done done) {
   constexpr bool by_row = order == Order::row_major;
-  constexpr int kGroups =
-      by_row ? (R + 2) / 3 : 1;  // in threes: base, base + ld, base + 2 ld share a register
+  constexpr int kGroups = by_row ? (R + 2) / 3 : 1;  // of rows: base, base + ld, base + 2 ld are addresses
   constexpr int64_t kSize = sizeof(*a.data);
   int64_t lda = a.ld * kSize, ldb = b.ld * kSize;  // in bytes, as addresses are counted
   decltype(a.data) base[kGroups];
@@ -100,9 +99,8 @@ RLNAS_INLINE void take_steps(int64_t depth, Operand a, Operand b, Load load, Add
   };
   const auto steps = [&](auto few) __attribute__((always_inline)) {
     constexpr int kSteps = few();
-    asm(""
-        : "+r"(lda),
-          "+r"(ldb));  // taken for new, or sums of them would be kept, for which there is no register
+    // Taken for new values, or the compiler would keep sums of them, for which there are no registers.
+    asm("" : "+r"(lda), "+r"(ldb));
 #pragma GCC unroll 4
     for (int k = 0; k < kSteps; k++) {
       Vector right[V];

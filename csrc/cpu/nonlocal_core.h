@@ -196,7 +196,7 @@ static inline int64_t kept_tile(int64_t positions) {
   return kept_lanes((positions + tiles - 1) / tiles);
 }
 
-// to[j] = row . rows_j over channels, written in whole vectors.
+// to[j] = row . rows_j over channels; up to the next multiple of kWidth that of the last row again.
 static inline void row_products(const float* row, int64_t channels, Rows rows, int64_t count, float* to) {
   for (int64_t j = 0; j < count; j += kWidth) {
     const float* others[kWidth];
