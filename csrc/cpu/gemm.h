@@ -196,6 +196,19 @@ RLNAS_INLINE void column_of(int64_t rows, int64_t tiles, int64_t depth, Left a, 
   }
 }
 
+// Calls take(m, height, tiles) for the tiles of almost equal height that `rows` are taken in: those of one
+// height lie below one another from row m on.
+template <class Tiles>
+RLNAS_INLINE void each_height(int64_t rows, const Tiles& take) {
+  for (int64_t m = 0, tiles = ceil_divide(rows, kRows); tiles > 0;) {
+    const int64_t height = ceil_divide(rows - m, tiles);
+    const int64_t same = rows - m - tiles * (height - 1);  // the others have one row less
+    take(m, height, same);
+    m += same * height;
+    tiles -= same;
+  }
+}
+
 // A sum longer than this is added up in parts: one long chain of roundings would lose a bit or two.
 constexpr int64_t kChain = 256;
 
@@ -217,17 +230,16 @@ static inline const float* side_by_side(const float* from, int64_t ld, int64_t d
 static inline const float* tile_by_tile(Left from, int64_t rows, int64_t depth) {
   float* const copy = scratch<kTileByTile>(rows * depth);
   float* to = copy;
-  for (int64_t m = 0, tiles = ceil_divide(rows, kRows); tiles > 0; tiles--) {
-    const int64_t some = ceil_divide(rows - m, tiles);  // tiles of almost equal height
-    for (int64_t k = 0; k < depth; k++, to += some) {
-      const float* row = from.data + k * from.ld + m;
-      if (some == kRows)
-        std::memcpy(to, row, sizeof(float) * kRows);  // of a size that is known, two instructions
-      else
-        std::copy(row, row + some, to);
-    }
-    m += some;
-  }
+  each_height(rows, [&](int64_t m, int64_t some, int64_t tiles) {
+    for (; tiles > 0; tiles--, m += some)
+      for (int64_t k = 0; k < depth; k++, to += some) {
+        const float* row = from.data + k * from.ld + m;
+        if (some == kRows)
+          std::memcpy(to, row, sizeof(float) * kRows);  // of a size that is known, two instructions
+        else
+          std::copy(row, row + some, to);
+      }
+  });
   return copy;
 }
 
@@ -251,9 +263,7 @@ static void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, 
     const int64_t left = std::min<int64_t>(columns - n, kPanel), last = left % kWidth;
     const float* panel = b.data + n / kPanel * b.stride;
     if (copied) panel = side_by_side(panel, b.ld, depth, left);
-    for (int64_t m = 0, tiles = ceil_divide(rows, kRows); tiles > 0;) {
-      const int64_t some = ceil_divide(rows - m, tiles);   // tiles of almost equal height: so many rows in
-      const int64_t same = rows - m - tiles * (some - 1);  // so many tiles, and one less in what is left
+    each_height(rows, [&](int64_t m, int64_t some, int64_t same) {
       const Left from = tiled                       ? Left{a.data + m * depth, some}
                         : order == Order::row_major ? Left{a.data + m * a.ld, a.ld}
                                                     : Left{a.data + m, a.ld};
@@ -266,9 +276,7 @@ static void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, 
         column_of<1, order, false>(some, same, depth, from, next, panel, ld, c, m, n, last, ahead);
       else
         column_of<1, order, true>(some, same, depth, from, next, panel, ld, c, m, n, last, ahead);
-      m += same * some;
-      tiles -= same;
-    }
+    });
   }
 }
 

@@ -63,83 +63,93 @@ Write write_of(const PairOut& c) {
   return c.row_scale ? Write::scaled : c.init ? Write::begun : Write::half;
 }
 
-// As one tile of `column` of gemm.h.
+// As `column` of gemm.h.
 template <int R, int V, Order order, Write write>
-static __attribute__((noinline)) void pair_tile(int64_t pairs, LeftPairs a, const Pair* b, int64_t ldb,
-                                                const PairOut& c, int64_t m, int64_t n, int64_t last) {
+static __attribute__((noinline)) void pair_column(int64_t tiles, int64_t pairs, LeftPairs a, int64_t next,
+                                                  const Pair* b, int64_t ldb, const PairOut& c, int64_t m,
+                                                  int64_t n, int64_t last) {
   const __mmask16 some = lanes_mask(last);
   const auto mask_of = [&](int v) __attribute__((always_inline)) { return v == V - 1 ? some : kAll; };
-  __m512 sums[R][V];
-#pragma GCC unroll 2
-  for (int v = 0; v < V; v++) {
-    const __m512 from =
-        c.bias ? _mm512_maskz_loadu_ps(mask_of(v), c.bias + n + v * kWidth) : _mm512_setzero_ps();
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) sums[r][v] = from;
-  }
-  const int64_t ld = c.ld, init_ld = c.init_ld;
   const auto beyond = [](auto* data, int64_t count) { return data ? data + count : nullptr; };
+  const int64_t ld = c.ld, init_ld = c.init_ld;
+  const float* bias = beyond(c.bias, n);
   float* wide = beyond(c.sums, m * ld + n);
   Half* half = beyond(c.half, m * ld + n);
   const Half* init = beyond(c.init, m * init_ld + n);
   const float* scale = beyond(c.row_scale, m);
-  take_steps<R, V, order>(
-      pairs, a, LeftPairs{b, ldb},
-      [&](const Pair* at, int v)
-          __attribute__((always_inline)) { return _mm512_maskz_loadu_epi32(mask_of(v), at); },
-      [&](int r, int v, uint32_t left, __m512i right) __attribute__((always_inline)) {
-        const __m512i all = _mm512_set1_epi32(static_cast<int>(left));
-        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)all, (__m512bh)right);
-      },
-      [&](int r) __attribute__((always_inline)) {
+  for (; tiles > 0; tiles--) {
+    __m512 sums[R][V];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; v++) {
-          __m512& sum = sums[r][v];
-          if constexpr (write == Write::added)
-            sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask_of(v), wide + r * ld + v * kWidth));
-          if constexpr (write == Write::sums || write == Write::added)
-            _mm512_mask_storeu_ps(wide + r * ld + v * kWidth, mask_of(v), sum);
-          if constexpr (write == Write::scaled) sum = _mm512_mul_ps(sum, _mm512_set1_ps(scale[r]));
-          if constexpr (write == Write::begun) {
-            const __m256i from = _mm256_maskz_loadu_epi16(mask_of(v), init + r * init_ld + v * kWidth);
-            sum = _mm512_add_ps(sum, (__m512)widened(from));
+    for (int v = 0; v < V; v++) {
+      const __m512 from = bias ? _mm512_maskz_loadu_ps(mask_of(v), bias + v * kWidth) : _mm512_setzero_ps();
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) sums[r][v] = from;
+    }
+    take_steps<R, V, order>(
+        pairs, a, LeftPairs{b, ldb},
+        [&](const Pair* at, int v)
+            __attribute__((always_inline)) { return _mm512_maskz_loadu_epi32(mask_of(v), at); },
+        [&](int r, int v, uint32_t left, __m512i right) __attribute__((always_inline)) {
+          const __m512i all = _mm512_set1_epi32(static_cast<int>(left));
+          sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)all, (__m512bh)right);
+        },
+        [&](int r) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+          for (int v = 0; v < V; v++) {
+            __m512& sum = sums[r][v];
+            if constexpr (write == Write::added)
+              sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask_of(v), wide + v * kWidth));
+            if constexpr (write == Write::sums || write == Write::added)
+              _mm512_mask_storeu_ps(wide + v * kWidth, mask_of(v), sum);
+            if constexpr (write == Write::scaled) sum = _mm512_mul_ps(sum, _mm512_set1_ps(*scale));
+            if constexpr (write == Write::begun) {
+              const __m256i from = _mm256_maskz_loadu_epi16(mask_of(v), init + v * kWidth);
+              sum = _mm512_add_ps(sum, (__m512)widened(from));
+            }
           }
-        }
-        if constexpr (write == Write::sums || write == Write::added)
-          return;
-        else if constexpr (V == 2)
-          _mm512_mask_storeu_epi16(half + r * ld, _mm512_kunpackw(some, kAll),
-                                   (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
-        else
-          _mm256_mask_storeu_epi16(half + r * ld, some, narrowed((Vec)sums[r][0]));
-      });
+          if constexpr (write == Write::sums || write == Write::added) {
+            wide += ld;
+            return;
+          } else if constexpr (V == 2) {
+            _mm512_mask_storeu_epi16(half, _mm512_kunpackw(some, kAll),
+                                     (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
+          } else {
+            _mm256_mask_storeu_epi16(half, some, narrowed((Vec)sums[r][0]));
+          }
+          half += ld;
+          if constexpr (write == Write::scaled) scale++;
+          if constexpr (write == Write::begun) init += init_ld;
+        });
+    a.data += next;
+  }
 }
 
 template <int V, Order order, Write write, int R = kRows>
-RLNAS_INLINE void pair_tile_of(int64_t rows, int64_t pairs, LeftPairs a, const Pair* b, int64_t ldb,
-                               const PairOut& c, int64_t m, int64_t n, int64_t last) {
+RLNAS_INLINE void pair_column_of(int64_t rows, int64_t tiles, int64_t pairs, LeftPairs a, int64_t next,
+                                 const Pair* b, int64_t ldb, const PairOut& c, int64_t m, int64_t n,
+                                 int64_t last) {
   if constexpr (R > 0) {
     if (rows == R)
-      pair_tile<R, V, order, write>(pairs, a, b, ldb, c, m, n, last);
+      pair_column<R, V, order, write>(tiles, pairs, a, next, b, ldb, c, m, n, last);
     else
-      pair_tile_of<V, order, write, R - 1>(rows, pairs, a, b, ldb, c, m, n, last);
+      pair_column_of<V, order, write, R - 1>(rows, tiles, pairs, a, next, b, ldb, c, m, n, last);
   }
 }
 
 template <Order order, Write write>
 void pair_gemm_to(int64_t rows, int64_t columns, int64_t pairs, LeftPairs a, RightPairs b, const PairOut& c) {
+  const int64_t down = order == Order::row_major ? a.ld : 1;  // from one row to the next
   for (int64_t n = 0; n < columns; n += kPanel) {
     const int64_t left = std::min<int64_t>(columns - n, kPanel);
     const Pair* panel = b.data + n / kPanel * b.stride;
-    for (int64_t m = 0, tiles = ceil_divide(rows, kRows); tiles > 0; tiles--) {
-      const int64_t some = ceil_divide(rows - m, tiles);
-      const LeftPairs from{a.data + m * (order == Order::row_major ? a.ld : 1), a.ld};
+    each_height(rows, [&](int64_t m, int64_t some, int64_t tiles) {
+      const LeftPairs from{a.data + m * down, a.ld};
+      const int64_t next = some * down;
       if (left > kWidth)
-        pair_tile_of<2, order, write>(some, pairs, from, panel, b.ld, c, m, n, left - kWidth);
+        pair_column_of<2, order, write>(some, tiles, pairs, from, next, panel, b.ld, c, m, n, left - kWidth);
       else
-        pair_tile_of<1, order, write>(some, pairs, from, panel, b.ld, c, m, n, left);
-      m += some;
-    }
+        pair_column_of<1, order, write>(some, tiles, pairs, from, next, panel, b.ld, c, m, n, left);
+    });
   }
 }
 
