@@ -51,7 +51,7 @@ void add_chunk(const LookedAt& x, const float* shift, int64_t ld, float* some, i
     read_tile(x, places, count, rows);
     for (int64_t c = 0; c < C; c++) {
       float *row = rows + c * kTile, total = 0;
-      for (int64_t p = (first + x.thin - 1) / x.thin; p * x.thin < first + count; p++)
+      for (int64_t p = ceil_divide(first, x.thin); p * x.thin < first + count; p++)
         some[c * some_ld + p] = row[p * x.thin - first];
       Vec sums = {};
       int64_t t = 0;
@@ -126,8 +126,8 @@ void centre(const std::vector<double>& means, const std::vector<double>& sums, i
 }  // namespace
 
 ActivationStatistics activation_statistics(const LookedAt& x) {
-  const int64_t C = x.channels, ld = (C + kWidth - 1) / kWidth * kWidth, half = x.positions / 2;
-  const int64_t parts = C <= kFewChannels ? 4 : 1, some_ld = (x.positions + x.thin - 1) / x.thin;
+  const int64_t C = x.channels, ld = ceil_divide(C, kWidth) * kWidth, half = x.positions / 2;
+  const int64_t parts = C <= kFewChannels ? 4 : 1, some_ld = ceil_divide(x.positions, x.thin);
   float* some = scratch<kSome>(C * some_ld);
   float* space = scratch<kSums>(C + 2 * parts * C * (ld + 1));
   float* shift = space;  // near the mean, so that float32 squares lose nothing

@@ -71,7 +71,7 @@ static inline void softmax_block(float* logits, int64_t tile, int64_t keys, int6
 static inline void attend(Rows query, int64_t count, int64_t inner, int64_t value, const KeyValue& keys,
                           Rows out, float* lse) {
   constexpr int64_t T = kForwardTile;
-  const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
+  const int64_t lanes = ceil_divide(count, kWidth) * kWidth;
   const Right queries = lanes_from(query, count, inner, scratch<kQueries>(T * inner));
   const int64_t block = std::min(keys.count, kKeyBlock);
   float* logits = scratch<kLogits>(T * block);
@@ -137,7 +137,7 @@ static inline void attend_backward(Rows query, Rows out, Rows grad_out, const fl
                                    int64_t inner, int64_t value, const KeyValue& keys, Rows grad_query,
                                    const KeyValue& grad_keys, bool first) {
   constexpr int64_t T = kBackwardTile;
-  const int64_t lanes = (count + kWidth - 1) / kWidth * kWidth;
+  const int64_t lanes = ceil_divide(count, kWidth) * kWidth;
   const Right queries = lanes_from(query, count, inner, scratch<kQueries>(T * inner));
   const Right grad_outs = lanes_from(grad_out, count, value, scratch<kGradQueries>(T * value));
   const int64_t block = std::min<int64_t>(keys.count, kKeyBlock);
@@ -192,8 +192,8 @@ static inline int64_t kept_lanes(int64_t queries) { return (queries + 15) / 16 *
 
 // Queries of a tile of an image that keeps its terms, so that all tiles are of almost equal size.
 static inline int64_t kept_tile(int64_t positions) {
-  const int64_t tiles = std::max<int64_t>(1, (positions + kKeptTile - 1) / kKeptTile);
-  return kept_lanes((positions + tiles - 1) / tiles);
+  const int64_t tiles = std::max<int64_t>(1, ceil_divide(positions, kKeptTile));
+  return kept_lanes(ceil_divide(positions, tiles));
 }
 
 // to[j] = row . rows_j over channels; up to the next multiple of kWidth that of the last row again.
@@ -278,7 +278,7 @@ static inline void slopes_alone(const float* scaled, int64_t value, const KeyVal
 // the two.
 static inline void attend_kept(Rows query, int64_t count, int64_t inner, int64_t value, const KeyValue& keys,
                                Rows out, Rows terms, float* inverse, Ahead* ahead) {
-  const int64_t shared = shared_queries(count), lanes = (shared + kWidth - 1) / kWidth * kWidth;
+  const int64_t shared = shared_queries(count), lanes = ceil_divide(shared, kWidth) * kWidth;
   const Right queries = lanes_from(query, shared, inner, scratch<kQueries>(kKeptTile * inner));
   gemm<Order::row_major>(keys.count, lanes, inner, {keys.key.data, keys.key.ld}, queries,
                          {terms.data, terms.ld}, ahead);
@@ -308,7 +308,7 @@ static inline void attend_kept_backward(Rows query, Rows scaled, int64_t count, 
                                         const KeyValue& keys, Rows terms, Rows grad_query,
                                         const KeyValue& grad_keys, bool first, Ahead* ahead) {
   const int64_t T = kept_lanes(count);
-  const int64_t shared = shared_queries(count), lanes = (shared + kWidth - 1) / kWidth * kWidth;
+  const int64_t shared = shared_queries(count), lanes = ceil_divide(shared, kWidth) * kWidth;
   const Right upstream = lanes_from(scaled, shared, value, scratch<kGradQueries>(kKeptTile * value));
   float* grads = scratch<kGradLogits>(keys.count * T);
   gemm<Order::row_major>(keys.count, lanes, value, {keys.value.data, keys.value.ld}, upstream, {grads, T},

@@ -257,10 +257,65 @@ class WeightPairs {
 bool in_pairs(const Image& image) { return image.rows_follow() && image.step() % 2 == 0; }
 HalfRows half_rows(const Image& image) { return {image.row<Half>(0), image.step()}; }
 
+// Calls task(line, row, positions, pairs) for blocks of kWidth positions by kWidth pairs of channels of an
+// image with channels first: `line` is that of the first channel, `row` the pairs of the first position.
+template <class Task>
+void over_pair_blocks(const Image& image, int64_t count, HalfRows rows, int64_t columns, Task task) {
+  for (int64_t c = 0; c < columns; c += 2 * kWidth)
+    for (int64_t n = 0; n < count; n += kWidth)
+      task(image.row<Half>(n) + c * image.channel_step(), reinterpret_cast<Pair*>(rows.at(n) + c),
+           lanes_mask(std::min<int64_t>(kWidth, count - n)), std::min<int64_t>(kWidth, (columns - c) / 2));
+}
+
+// Rows from the lines of channels.
+void transpose_in(const Image& image, int64_t count, int64_t columns, HalfRows rows) {
+  const int64_t step = image.channel_step(), ld = rows.ld / 2;
+  over_pair_blocks(image, count, rows, columns,
+                   [&](const Half* line, Pair* row, __mmask16 positions, int64_t pairs) {
+                     Vec block[kWidth];
+                     const Half* even = line;
+#pragma GCC unroll 16
+                     for (int i = 0; i < kWidth; i++) {
+                       block[i] = (Vec)paired(_mm256_maskz_loadu_epi16(positions, even),
+                                              _mm256_maskz_loadu_epi16(positions, even + step));
+                       if (i + 1 < pairs) even += 2 * step;  // the last pair again, where there is no other
+                     }
+                     transpose(block);
+#pragma GCC unroll 16
+                     for (int i = 0; i < kWidth; i++)
+                       if (positions >> i & 1)
+                         _mm512_mask_storeu_epi32(row + i * ld, lanes_mask(pairs), (__m512i)block[i]);
+                   });
+}
+
+// Lines of channels from rows.
+void transpose_out(const Image& image, HalfRows rows, int64_t count, int64_t columns) {
+  const int64_t step = image.channel_step(), ld = rows.ld / 2;
+  over_pair_blocks(
+      image, count, rows, columns, [&](Half* line, const Pair* row, __mmask16 positions, int64_t pairs) {
+        Vec block[kWidth];
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; i++)
+          block[i] = (Vec)_mm512_maskz_loadu_epi32(positions >> i & 1 ? lanes_mask(pairs) : 0, row + i * ld);
+        transpose(block);
+        for (int64_t i = 0; i < pairs; i++) {
+          const __m512i both = (__m512i)block[i];
+          Half* even = line + 2 * i * step;
+          _mm256_mask_storeu_epi16(even, positions, _mm512_cvtepi32_epi16(both));
+          _mm256_mask_storeu_epi16(even + step, positions,
+                                   _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+        }
+      });
+}
+
 // Rows of an image where they lie, or copied to `buffer` from any layout.
 HalfRows half_rows(const Image& image, int64_t count, int64_t columns, float* buffer) {
   if (in_pairs(image)) return half_rows(image);
   const HalfRows to{reinterpret_cast<Half*>(buffer), columns};
+  if (image.channels_first()) {
+    transpose_in(image, count, columns, to);
+    return to;
+  }
   for (int64_t n = 0; n < count; n += kRowBlock) {
     const int64_t some = std::min(kRowBlock, count - n);
     narrow(image.load(n, n + some, scratch<kX>(kRowBlock * columns)).data, some, columns,
@@ -276,6 +331,7 @@ HalfRows half_target(const Image& image, int64_t columns, float* buffer) {
 
 void finish(const Image& image, HalfRows rows, int64_t count, int64_t columns) {
   if (in_pairs(image)) return;
+  if (image.channels_first()) return transpose_out(image, rows, count, columns);
   const Rows wide{scratch<kX>(kRowBlock * columns), columns};
   for (int64_t n = 0; n < count; n += kRowBlock) {
     const int64_t some = std::min(kRowBlock, count - n);

@@ -2,7 +2,9 @@
 // Included by *.isa.cpp only.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/gemm.h"
 #include "cpu/nonlocal_attention.h"
@@ -83,6 +85,9 @@ class Image {
     return {static_cast<float*>(view_.data) + offset_ + first * step_, step_};
   }
 
+  // Whether a channel's positions lie side by side.
+  bool channels_first() const { return uniform_ && step_ == 1 && channels_ > 1; }
+
   // Whether rows lie in memory as they are, in whatever dtype.
   bool rows_follow() const { return uniform_ && (view_.channel == 1 || channels_ == 1); }
   template <class Stored>
@@ -90,6 +95,7 @@ class Image {
     return static_cast<Stored*>(view_.data) + offset_ + position * step_;
   }
   int64_t step() const { return step_; }
+  int64_t channel_step() const { return view_.channel; }
 
   // Rows [first, last): a view of the tensor itself, or a copy in `buffer`.
   Rows load(int64_t first, int64_t last, float* buffer) const {
@@ -115,6 +121,8 @@ class Image {
   }
 
  private:
+  static constexpr int64_t kLine = 64;  // positions whose rows stay in the first-level cache
+
   template <class D>
   typename D::Stored* place(int64_t position) const {
     if (uniform_) return row<typename D::Stored>(position);  // without the divisions below
@@ -124,21 +132,39 @@ class Image {
            t * view_.space[0];
   }
 
+  // Calls task(elements, channels, count, n, c) for parts of the lines of an image with channels first: some
+  // channels from c on, at some positions from the n-th of [first, last) on.  The last of each overlap those
+  // before them rather than be smaller.  Fetches the next part's lines, which are too many for the CPU to
+  // foresee.
+  template <class D, class Task>
+  void over_lines(int64_t first, int64_t last, Task task) const {
+    const int64_t all = last - first, count = std::min(kLine, all), step = view_.channel;
+    const int64_t channels = std::min<int64_t>(kWidth, channels_);
+    for (int64_t i = 0; i < all; i += kLine)
+      for (int64_t j = 0; j < channels_; j += kWidth) {
+        const int64_t n = std::min(i, all - count), c = std::min(j, channels_ - channels);
+        auto* elements = row<typename D::Stored>(first + n);
+        for (int64_t next = c + channels; next < std::min(c + 2 * channels, channels_); next++)
+          for (int64_t k = 0; k < count; k += 64 / static_cast<int64_t>(sizeof *elements))
+            __builtin_prefetch(elements + next * step + k);
+        task(elements + c * step, channels, count, n, c);
+      }
+  }
+
   template <class D>
   void copy_in(int64_t first, int64_t last, Rows rows) const {
-    if (uniform_ && step_ == 1 && channels_ > 1) {  // channels first: convert lines, then transpose
-      constexpr int64_t kLine = 64;
-      float lines[kWidth * kLine];
-      for (int64_t n = first; n < last; n += kLine)
-        for (int64_t c = 0; c < channels_; c += kWidth) {
-          const int64_t count = last - n < kLine ? last - n : kLine;
-          const int64_t some = channels_ - c < kWidth ? channels_ - c : kWidth;
-          for (int64_t i = 0; i < some; i++) {
-            const auto* from = place<D>(n) + (c + i) * view_.channel;
-            for (int64_t j = 0; j < count; j++) lines[i * kLine + j] = D::read(from[j]);
-          }
-          transpose(lines, kLine, some, count, rows.at(n - first) + c, rows.ld);
+    if (channels_first()) {
+      over_lines<D>(first, last, [&](auto* from, int64_t channels, int64_t count, int64_t n, int64_t c) {
+        float *to = rows.at(n) + c, converted[kWidth * kLine];
+        if constexpr (std::is_same_v<D, Float32>)
+          transpose(from, view_.channel, channels, count, to, rows.ld);
+        else {
+          for (int64_t i = 0; i < channels; i++)
+            for (int64_t j = 0; j < count; j++)
+              converted[i * kLine + j] = D::read(from[i * view_.channel + j]);
+          transpose(converted, kLine, channels, count, to, rows.ld);
         }
+      });
       return;
     }
     for (int64_t n = first; n < last; n++) {
@@ -153,19 +179,18 @@ class Image {
 
   template <class D>
   void copy_out(int64_t first, int64_t last, Rows rows) const {
-    if (uniform_ && step_ == 1 && channels_ > 1) {
-      constexpr int64_t kLine = 64;
-      float lines[kWidth * kLine];
-      for (int64_t n = first; n < last; n += kLine)
-        for (int64_t c = 0; c < channels_; c += kWidth) {
-          const int64_t count = last - n < kLine ? last - n : kLine;
-          const int64_t some = channels_ - c < kWidth ? channels_ - c : kWidth;
-          transpose(rows.at(n - first) + c, rows.ld, count, some, lines, kLine);
-          for (int64_t i = 0; i < some; i++) {
-            auto* to = place<D>(n) + (c + i) * view_.channel;
-            for (int64_t j = 0; j < count; j++) to[j] = D::write(lines[i * kLine + j]);
-          }
+    if (channels_first()) {
+      over_lines<D>(first, last, [&](auto* to, int64_t channels, int64_t count, int64_t n, int64_t c) {
+        float *from = rows.at(n) + c, converted[kWidth * kLine];
+        if constexpr (std::is_same_v<D, Float32>)
+          transpose(from, rows.ld, count, channels, to, view_.channel);
+        else {
+          transpose(from, rows.ld, count, channels, converted, kLine);
+          for (int64_t i = 0; i < channels; i++)
+            for (int64_t j = 0; j < count; j++)
+              to[i * view_.channel + j] = D::write(converted[i * kLine + j]);
         }
+      });
       return;
     }
     for (int64_t n = first; n < last; n++) {

@@ -145,24 +145,29 @@ RLNAS_INLINE void transpose(Vec rows[kWidth]) {
 }
 #endif
 
-// to[c][r] = from[r][c].
+// to[c][r] = from[r][c], in blocks of kWidth x kWidth.  The last block of a row or column of blocks overlaps
+// the one before it, so that all are whole; only what is smaller than a block is taken by parts of vectors.
 static inline void transpose(const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to,
                              int64_t ld_to) {
+  const int64_t height = rows < kWidth ? rows : kWidth, width = columns < kWidth ? columns : kWidth;
   for (int64_t r = 0; r < rows; r += kWidth) {
-    int64_t some_rows = rows - r < kWidth ? rows - r : kWidth;
+    const int64_t row = r < rows - height ? r : rows - height;
     for (int64_t c = 0; c < columns; c += kWidth) {
-      int64_t some_columns = columns - c < kWidth ? columns - c : kWidth;
+      const int64_t column = c < columns - width ? c : columns - width;
+      const float* source = from + row * ld_from + column;
+      float* target = to + column * ld_to + row;
       Vec block[kWidth];
-      if (some_rows == kWidth && some_columns == kWidth) {
+      if (height == kWidth && width == kWidth) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kWidth; i++) block[i] = load(from + (r + i) * ld_from + c);
+        for (int i = 0; i < kWidth; i++) block[i] = load(source + i * ld_from);
         transpose(block);
 #pragma GCC unroll 16
-        for (int i = 0; i < kWidth; i++) store(to + (c + i) * ld_to + r, block[i]);
+        for (int i = 0; i < kWidth; i++) store(target + i * ld_to, block[i]);
       } else {
-        for (int64_t i = 0; i < some_rows; i++)
-          for (int64_t j = 0; j < some_columns; j++)
-            to[(c + j) * ld_to + r + i] = from[(r + i) * ld_from + c + j];
+        for (int i = 0; i < kWidth; i++)
+          block[i] = i < height ? load_some(source + i * ld_from, width) : Vec{};
+        transpose(block);
+        for (int i = 0; i < width; i++) store_some(target + i * ld_to, block[i], height);
       }
     }
   }
